@@ -1,0 +1,64 @@
+"""Whisper's encoder: log-mel → encoder state.
+
+The architecture is that of openai/whisper ``model.py``; weights come in its names. Query, key and value projections
+are one product, and the residual stream stays in float32 whatever the precision of the products.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serve_app.engine.checkpoint import Checkpoint
+from serve_app.engine.layers import Mlp, Weights
+from serve_app.engine.precision import Compute
+
+
+class EncoderBlock:
+    def __init__(self, weights: Weights, n_head: int):
+        self.n_head = n_head
+        self.norm = weights.norm("attn_ln")
+        self.qkv = weights.at("attn").fused_qkv()
+        self.out = weights.linear("attn.out")
+        self.mlp = Mlp(weights)
+
+    def attention(self, x: Tensor) -> Tensor:
+        batch, positions, width = x.shape
+        qkv = self.qkv(self.norm(x)).view(batch, positions, 3, self.n_head, width // self.n_head)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.out(mixed.transpose(1, 2).reshape(batch, positions, width))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.mlp(x)
+
+
+class Encoder:
+    """log-mel [batch, n_mels, 3000] float32 → encoder state [batch, 1500, n_audio_state] in the compute precision."""
+
+    def __init__(self, checkpoint: Checkpoint, compute: Compute):
+        self.dims, self.compute = checkpoint.dims, compute
+        weights = Weights(checkpoint.tensors, compute, "encoder.")
+        self.convolutions = [
+            (weights.product(f"{name}.weight"), weights.product(f"{name}.bias")) for name in ("conv1", "conv2")
+        ]
+        self.positions = weights.exact("positional_embedding")
+        self.blocks = [
+            EncoderBlock(weights.at(f"blocks.{i}"), self.dims.n_audio_head) for i in range(self.dims.n_audio_layer)
+        ]
+        self.norm = weights.norm("ln_post")
+
+    @torch.inference_mode()
+    def __call__(self, log_mel: Tensor) -> Tensor:
+        expected = (self.dims.n_mels, 2 * self.dims.n_audio_ctx)
+        if log_mel.ndim != 3 or log_mel.shape[1:] != expected:
+            raise ValueError(f"log-mel must be [batch, {expected[0]}, {expected[1]}], got {list(log_mel.shape)}")
+        x = log_mel.to(self.compute.device, self.compute.dtype)
+        for stride, (weight, bias) in enumerate(self.convolutions, start=1):
+            x = F.gelu(F.conv1d(x, weight, bias, stride=stride, padding=1))
+        x = x.transpose(1, 2).float() + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from whisper.decoding import DecodingOptions, DecodingResult, decode
+from whisper.model import Whisper
+
+from serve_app.engine.checkpoint import Checkpoint
+from serve_app.engine.encoder import Encoder
+from serve_app.engine.fallback import DecodedWindow
+from serve_app.engine.features import LogMel
+from serve_app.engine.options import DecodeOptions
+from serve_app.engine.precision import Compute
+from serve_app.engine.slots import SlotDecoder, SlotTask
+
+FLOAT32 = Compute.resolve("cpu", "float32")
+
+
+def pieces(speech: np.ndarray, count: int) -> list[np.ndarray]:
+    """Windows of different lengths and contents from one recording."""
+    rng = np.random.default_rng(7)
+    starts = rng.integers(0, len(speech) // 2, count)
+    return [speech[start : start + length] for start, length in zip(starts, rng.integers(24_000, 160_000, count))]
+
+
+def drain(decoder: SlotDecoder) -> dict[str, DecodedWindow]:
+    done: dict[str, DecodedWindow] = {}
+    while decoder.active:
+        done.update(decoder.step())
+    return done
+
+
+@pytest.fixture(scope="module")
+def tiny_states(tiny: Checkpoint, speech: np.ndarray) -> torch.Tensor:
+    return Encoder(tiny, FLOAT32)(LogMel(80)(pieces(speech, 8)))
+
+
+@pytest.fixture(scope="module")
+def tiny_expected(reference_tiny: Whisper, tiny_states: torch.Tensor) -> list[DecodingResult]:
+    with torch.no_grad():
+        return [
+            decode(reference_tiny, state.clone(), DecodingOptions(fp16=False, language="en")) for state in tiny_states
+        ]
+
+
+def test_encoder_state_equals_openai_whisper(tiny: Checkpoint, reference_tiny: Whisper, speech: np.ndarray) -> None:
+    mel = LogMel(80)([speech])
+    with torch.no_grad():
+        expected = reference_tiny.encoder(mel.clone())
+    torch.testing.assert_close(Encoder(tiny, FLOAT32)(mel), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+def test_tokens_equal_openai_whisper_in_batches(
+    slots: int, tiny: Checkpoint, tiny_states: torch.Tensor, tiny_expected: list[DecodingResult]
+) -> None:
+    decoder = SlotDecoder(tiny, FLOAT32, slots)
+    done: dict[str, DecodedWindow] = {}
+    for first in range(0, len(tiny_states), slots):
+        batch = enumerate(tiny_states[first : first + slots], start=first)
+        decoder.admit([SlotTask(str(i), state, DecodeOptions(language="en")) for i, state in batch])
+        done |= drain(decoder)
+    for i, expected in enumerate(tiny_expected):
+        assert done[str(i)].tokens == expected.tokens
+        assert done[str(i)].avg_logprob == pytest.approx(expected.avg_logprob, abs=1e-3)
+        assert done[str(i)].no_speech_prob == pytest.approx(expected.no_speech_prob, abs=1e-4)
+
+
+def test_windows_entering_and_leaving_in_flight_do_not_change_each_other(
+    tiny: Checkpoint, tiny_states: torch.Tensor, tiny_expected: list[DecodingResult]
+) -> None:
+    decoder = SlotDecoder(tiny, FLOAT32, 3)
+    waiting = list(enumerate(tiny_states))
+    done: dict[str, DecodedWindow] = {}
+    while waiting or decoder.active:
+        if waiting and decoder.free:  # one at a time, so that starts are staggered
+            i, state = waiting.pop(0)
+            decoder.admit([SlotTask(str(i), state, DecodeOptions(language="en"))])
+        for _ in range(3):
+            done.update(decoder.step())
+    assert [done[str(i)].tokens for i in range(len(tiny_states))] == [e.tokens for e in tiny_expected]
+
+
+def test_a_cancelled_window_frees_its_slot_and_leaves_the_others_alone(
+    tiny: Checkpoint, tiny_states: torch.Tensor, tiny_expected: list[DecodingResult]
+) -> None:
+    decoder = SlotDecoder(tiny, FLOAT32, 3)
+    decoder.admit([SlotTask(str(i), tiny_states[i], DecodeOptions(language="en")) for i in range(3)])
+    decoder.step()
+    decoder.cancel({"0", "unknown"})
+    assert decoder.free == 1
+    done = drain(decoder)
+    assert {i: r.tokens for i, r in done.items()} == {str(i): tiny_expected[i].tokens for i in (1, 2)}
+
+
+def test_more_windows_than_slots_are_refused(tiny: Checkpoint, tiny_states: torch.Tensor) -> None:
+    decoder = SlotDecoder(tiny, FLOAT32, 1)
+    with pytest.raises(ValueError, match="2 windows for 1 free slots"):
+        decoder.admit([SlotTask(str(i), tiny_states[i], DecodeOptions()) for i in range(2)])
+
+
+@pytest.mark.parametrize("prompt", ["", "The quick brown fox. " * 200])
+@pytest.mark.parametrize("timestamps", [True, False])
+def test_prompt_and_timestamp_mode_equal_openai_whisper(
+    prompt: str, timestamps: bool, tiny: Checkpoint, reference_tiny: Whisper, tiny_states: torch.Tensor
+) -> None:
+    state = tiny_states[0]
+    options = DecodingOptions(fp16=False, language="en", prompt=prompt or None, without_timestamps=not timestamps)
+    with torch.no_grad():
+        expected = decode(reference_tiny, state.clone(), options)
+    decoder = SlotDecoder(tiny, FLOAT32, 2)
+    decoder.admit([SlotTask("a", state, DecodeOptions(language="en", prompt=prompt, timestamps=timestamps))])
+    assert drain(decoder)["a"].tokens == expected.tokens
+
+
+@pytest.mark.parametrize("task", ["transcribe", "translate"])
+def test_multilingual_models_detect_the_language(
+    task: str, base: Checkpoint, reference_base: Whisper, speech: np.ndarray
+) -> None:
+    state = Encoder(base, FLOAT32)(LogMel(80)([speech]))
+    with torch.no_grad():
+        expected = decode(reference_base, state.clone(), DecodingOptions(fp16=False, task=task))[0]
+    decoder = SlotDecoder(base, FLOAT32, 2)
+    decoder.admit([SlotTask("a", state[0], DecodeOptions(task=task, prompt="Hello."))])
+    with_prompt = drain(decoder)["a"]
+    decoder.admit([SlotTask("a", state[0], DecodeOptions(task=task))])
+    result = drain(decoder)["a"]
+    assert result.language == with_prompt.language == expected.language == "en"
+    assert result.tokens == expected.tokens
+
+
+def test_a_window_that_fails_the_checks_is_decoded_again_hotter_and_the_same_each_time(
+    tiny: Checkpoint, tiny_states: torch.Tensor
+) -> None:
+    # noise where the encoder state should be: the model is unsure whatever it writes
+    nonsense = torch.randn(tiny_states[0].shape, generator=torch.Generator().manual_seed(3)) * 3
+
+    def attempt() -> tuple[DecodedWindow, DecodedWindow]:
+        decoder = SlotDecoder(tiny, FLOAT32, 2)
+        hot = DecodeOptions(language="en", temperatures=(0.0, 0.5), seed=11)
+        decoder.admit([SlotTask("bad", nonsense, hot), SlotTask("good", tiny_states[0], DecodeOptions(language="en"))])
+        done = drain(decoder)
+        return done["bad"], done["good"]
+
+    bad, good = attempt()
+    assert bad.temperature == 0.5
+    assert good.temperature == 0.0
+    assert attempt()[0].tokens == bad.tokens
