@@ -1,0 +1,254 @@
+"""The adaptive batching handle: a caller's side of a stage.
+
+Windows are sent against credits: each replica takes one batch to run and one to wait. While credit lasts a window
+leaves at once; while the stage is busy windows gather here, and leave together, most urgent first, when credit returns.
+The order *within* a replica is decided there, once (``batching.planner``).
+
+Transcription is pure, so a call whose replica dies is sent again. A window that was running at that moment might be
+the reason: it runs alone from then on, and after a second death it ends in an error instead of walking through all
+replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray.exceptions
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from serve_app.batching.live import LIVE_REPLICAS, deployment_key
+from serve_app.batching.messages import Done, Event, Failed, Refused, StageCall, StageWindow, Started
+from serve_app.batching.planner import PATIENCE_S
+from serve_app.errors import DeadlineExceeded, TranscriptionFailed
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+MAX_DEATHS = 2
+"""A window that was running on this many replicas as they died is taken to be the reason."""
+
+REFUSED_PAUSE_S = 0.2
+"""How long a replica that refused windows is left alone."""
+
+
+@dataclass(eq=False, slots=True)
+class _Pending:
+    window: StageWindow
+    result: asyncio.Future[Any]
+    due: float
+    attempts: int = 0
+    deaths: int = 0
+    running: bool = False
+
+
+@dataclass(slots=True)
+class _Replica:
+    """What this caller has sent to a replica and not had back."""
+
+    holds: dict[str, _Pending] = field(default_factory=dict)
+    closed_until: float = 0.0
+
+
+class BatchingHandle:
+    """Calls a stage window by window; see the module's docstring. Belongs to one event loop.
+
+    credit: windows that may be under way at one replica.
+    """
+
+    def __init__(self, handle: DeploymentHandle[Any], *, credit: int):
+        self._process = handle.options(method_name="process", stream=True)
+        self._cancel = handle.options(method_name="cancel")
+        self._key = deployment_key(handle.app_name, handle.deployment_name)
+        self._stage = handle.deployment_name
+        self._credit = credit
+        self._waiting: list[_Pending] = []
+        self._replicas: defaultdict[str, _Replica] = defaultdict(_Replica)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._to_cancel: defaultdict[str, list[str]] = defaultdict(list)
+        self._loop = asyncio.get_running_loop()
+        # the two handles above share one router, which hears of replicas from now on
+        LIVE_REPLICAS.listen(self._key, self._on_replicas_changed)
+
+    @property
+    def ready(self) -> bool:
+        """Is a replica of the stage up?"""
+        return bool(LIVE_REPLICAS.of(self._key))
+
+    @property
+    def waiting(self) -> int:
+        """Windows that wait here for credit."""
+        return len(self._waiting)
+
+    async def call(self, window: StageWindow) -> Any:
+        """Runs the window on the stage and returns its result.
+
+        Raises DeadlineExceeded when its deadline passes first, TranscriptionFailed when it cannot be done, and whatever
+        error the stage gave for it. Cancelling the call frees the window's place wherever it is.
+        """
+        patience = PATIENCE_S[window.priority]
+        pending = _Pending(window, self._loop.create_future(), due=min(window.deadline, time.time() + patience))
+        self._waiting.append(pending)
+        self._dispatch()
+        try:
+            async with asyncio.timeout(window.deadline - time.time()):
+                return await pending.result
+        except TimeoutError:
+            raise DeadlineExceeded(f"the deadline passed while a window was in the {self._stage} stage") from None
+        finally:
+            self._forget(pending)
+
+    def _forget(self, pending: _Pending) -> None:
+        """Takes a window out, from here or from the replica that holds it, if it is not done."""
+        if pending in self._waiting:
+            self._waiting.remove(pending)
+            return
+        window_id = pending.window.window_id
+        for replica_id, replica in self._replicas.items():
+            if replica.holds.get(window_id) is pending:
+                del replica.holds[window_id]
+                if not self._to_cancel:
+                    self._loop.call_soon(self._send_cancels)
+                self._to_cancel[replica_id].append(window_id)
+                return
+
+    def _send_cancels(self) -> None:
+        cancels, self._to_cancel = self._to_cancel, defaultdict(list)
+        for replica_id, window_ids in cancels.items():
+            self._spawn(self._send_cancel(replica_id, window_ids))
+        self._dispatch()
+
+    async def _send_cancel(self, replica_id: str, window_ids: list[str]) -> None:
+        try:
+            await self._cancel.remote(window_ids, replica=replica_id)
+        except Exception:
+            # its work is gone with the replica
+            logger.info("could not cancel windows on %s replica %s", self._stage, replica_id, exc_info=True)
+
+    def _on_replicas_changed(self) -> None:
+        """On Serve's router's thread."""
+        self._loop.call_soon_threadsafe(self._replicas_changed)
+
+    def _replicas_changed(self) -> None:
+        live = LIVE_REPLICAS.of(self._key)
+        for gone in [r for r, replica in self._replicas.items() if r not in live and not replica.holds]:
+            del self._replicas[gone]
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Sends waiting windows, most urgent first, to the replicas with the most credit."""
+        self._waiting.sort(key=lambda p: p.due)
+        while self._waiting:
+            replica_id = self._most_credit()
+            if replica_id is None:
+                return
+            replica = self._replicas[replica_id]
+            if self._waiting[0].window.alone:
+                batch = [self._waiting.pop(0)]
+            else:
+                room = self._credit - len(replica.holds)
+                batch = [p for p in self._waiting if not p.window.alone][:room]
+                self._waiting = [p for p in self._waiting if p not in batch]
+            for pending in batch:
+                pending.attempts += 1
+                pending.running = False
+                replica.holds[pending.window.window_id] = pending
+            self._spawn(self._run(replica_id, batch))
+
+    def _most_credit(self) -> str | None:
+        now = time.time()
+        live = LIVE_REPLICAS.of(self._key)
+        usable = [r for r in live if self._replicas[r].closed_until <= now]
+        best = min(usable, key=lambda r: len(self._replicas[r].holds), default=None)
+        if best is None or len(self._replicas[best].holds) >= self._credit:
+            return None
+        return best
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        # NOTES: an empty context. Serve ties calls to the request in whose context they are made and cancels them with
+        # it; a stage call carries the windows of several requests.
+        task = self._loop.create_task(work, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, replica_id: str, batch: list[_Pending]) -> None:
+        """One stage call, from sending to its last event."""
+        call = StageCall([p.window for p in batch])
+        error: Exception | None = None
+        try:
+            stream = self._process.remote(call, replica=replica_id)
+            assert isinstance(stream, DeploymentResponseGenerator)
+            async for events in stream:
+                for event in events:
+                    self._take(replica_id, event)
+                self._dispatch()
+        except ray.exceptions.RayActorError as died:
+            # do not send there again before the router has heard of it
+            self._replicas[replica_id].closed_until = time.time() + 5.0
+            self._retry(replica_id, batch, died)
+        except Exception as other:  # whatever a stage call raises is its windows' error
+            error = other
+        for pending in self._unanswered(replica_id, batch):
+            pending.result.set_exception(_failure(self._stage, error))
+        self._dispatch()
+
+    def _unanswered(self, replica_id: str, batch: list[_Pending]) -> list[_Pending]:
+        """Windows of a call that are still held by its replica; their places are given back."""
+        holds = self._replicas[replica_id].holds
+        left = [p for p in batch if holds.get(p.window.window_id) is p]
+        for pending in left:
+            del holds[pending.window.window_id]
+        return [p for p in left if not p.result.done()]
+
+    def _take(self, replica_id: str, event: Event) -> None:
+        replica = self._replicas[replica_id]
+        match event:
+            case Started(window_ids):
+                for window_id in window_ids:
+                    if window_id in replica.holds:
+                        replica.holds[window_id].running = True
+            case Done(window_id, result):
+                pending = replica.holds.pop(window_id, None)
+                if pending is not None and not pending.result.done():
+                    pending.result.set_result(result)
+            case Failed(window_id, error):
+                pending = replica.holds.pop(window_id, None)
+                if pending is not None and not pending.result.done():
+                    pending.result.set_exception(error)
+            case Refused(window_ids):
+                replica.closed_until = time.time() + REFUSED_PAUSE_S
+                self._loop.call_later(REFUSED_PAUSE_S, self._dispatch)
+                for window_id in window_ids:
+                    pending = replica.holds.pop(window_id, None)
+                    if pending is not None and not pending.result.done():
+                        pending.attempts -= 1  # it was not tried
+                        self._waiting.append(pending)
+
+    def _retry(self, replica_id: str, batch: list[_Pending], died: Exception) -> None:
+        again = self._unanswered(replica_id, batch)
+        logger.warning("%s replica %s died with %d windows under way: %s", self._stage, replica_id, len(again), died)
+        self._loop.call_later(5.0, self._dispatch)
+        for pending in again:
+            if pending.running:
+                pending.deaths += 1
+                pending.window = replace(pending.window, alone=True)
+            if pending.deaths >= MAX_DEATHS or pending.attempts >= MAX_ATTEMPTS:
+                logger.error(
+                    "window %s given up: %d attempts at the %s stage, running during %d deaths",
+                    pending.window.window_id, pending.attempts, self._stage, pending.deaths,
+                )  # fmt: skip
+                pending.result.set_exception(_failure(self._stage, died))
+            else:
+                self._waiting.append(pending)
+
+
+def _failure(stage: str, cause: Exception | None) -> TranscriptionFailed:
+    error = TranscriptionFailed(f"part of the recording could not be transcribed (in the {stage} stage)")
+    error.__cause__ = cause
+    return error

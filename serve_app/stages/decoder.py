@@ -1,0 +1,77 @@
+"""The decoder stage: encoder state → tokens, batched in flight. Its unit is slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serve_app.batching.planner import plan
+from serve_app.engine.checkpoint import Dims, load
+from serve_app.engine.fallback import DecodedWindow
+from serve_app.engine.precision import Compute
+from serve_app.engine.slots import SlotDecoder, SlotTask
+from serve_app.settings import Settings
+from serve_app.stages.replica import Array, Entry, StageReplica, logger
+from serve_app.stages.threads import use_threads
+from serve_app.stages.transport import as_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What callers need to know of the model that is served."""
+
+    name: str
+    dims: Dims
+
+
+class DecoderStage(StageReplica):
+    """Replica of the decoder stage: a finished window's slot is taken by the next one between two steps."""
+
+    def __init__(self, settings: Settings):
+        super().__init__(settings.decoder)
+        use_threads(settings.decoder.threads)
+        checkpoint = load(settings.model.source)
+        self._info = ModelInfo(checkpoint.name, checkpoint.dims)
+        self._slots = SlotDecoder(
+            checkpoint, Compute.resolve(settings.model.device, settings.model.compute), settings.decoder.slots
+        )
+
+    async def describe(self, *, replica: str | None = None) -> ModelInfo:
+        return self._info
+
+    async def _work(self) -> None:
+        while True:
+            if not self._slots.active:
+                await self._next()
+            try:
+                await self._admit()
+                finished = await self._run(self._step)
+            except Exception as error:
+                logger.exception("decoding failed with %d windows in their slots", self._slots.active)
+                for entry in list(self._running.values()):
+                    self._fail(entry, error)
+                continue  # the next step frees their slots
+            for window_id, result in finished:
+                if window_id in self._running:
+                    self._done(self._running[window_id], result)
+
+    def _step(self) -> list[tuple[str, DecodedWindow]]:
+        """Frees the slots of windows that nobody waits for any more, and advances the others."""
+        self._slots.cancel(self._slots.window_ids - self._running.keys())
+        return self._slots.step()
+
+    async def _admit(self) -> None:
+        """Fills free slots from the queue. A window that must run alone waits until all slots are free, and keeps
+        them to itself."""
+        self._expire()
+        if not self._slots.free or any(entry.window.alone for entry in self._running.values()):
+            return
+        planned = plan((e.waiting for e in self._queue.values()), budget=self._slots.free, padded=False)
+        if not planned or (planned[0].alone and self._slots.active):
+            return
+        taken = await self._take(planned)
+        await self._run(self._slots.admit, [_task(entry, array) for entry, array in taken])
+
+
+def _task(entry: Entry, array: Array) -> SlotTask:
+    assert entry.window.options is not None
+    return SlotTask(entry.window.window_id, as_tensor(array), entry.window.options)

@@ -1,0 +1,195 @@
+"""What the three stages share: a replica's queue, the events it streams to its callers, the loop that works it off."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from serve_app.batching.messages import (
+    Cancelled,
+    Done,
+    Event,
+    Failed,
+    InputLost,
+    Refused,
+    StageCall,
+    StageWindow,
+    Started,
+)
+from serve_app.batching.planner import Waiting, expired, plan
+from serve_app.errors import DeadlineExceeded
+from serve_app.settings import StageSettings
+from serve_app.stages.transport import Descriptor, receive
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Array = np.ndarray[Any, Any]
+
+NOTICE_S = 0.05
+"""How long a window that runs alone waits between the notice to its caller and its start: should it end this process,
+the caller knows that it was running."""
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """A window that this replica holds, and where its events go."""
+
+    window: StageWindow
+    waiting: Waiting
+    events: asyncio.Queue[Event]
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """Windows that a replica holds."""
+
+    waiting: int
+    running: int
+
+
+class StageReplica(ABC):
+    """Holds windows from when a call brings them until they are done; subclasses decide what runs when (``_work``)."""
+
+    def __init__(self, stage: StageSettings):
+        self._settings = stage
+        self._queue: dict[str, Entry] = {}
+        self._running: dict[str, Entry] = {}
+        self._arrived = asyncio.Event()
+        self._worker: asyncio.Task[None] | None = None
+        # One thread runs the engine, so that its work is ordered; the event loop stays free for calls.
+        self._engine = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine")
+
+    @abstractmethod
+    async def _work(self) -> None:
+        """Takes windows from the queue and runs them, for ever."""
+
+    async def process(self, call: StageCall, *, replica: str | None = None) -> AsyncIterator[list[Event]]:
+        """Takes a call's windows in and streams their events until each is done."""
+        if self._worker is None:
+            self._worker = asyncio.create_task(self._work())
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        room = max(0, self._settings.max_queued_windows - len(self._queue))
+        accepted, refused = call.windows[:room], call.windows[room:]
+        for window in accepted:
+            self._queue[window.window_id] = Entry(window, _waiting(window), events)
+        self._arrived.set()
+        unanswered = {window.window_id for window in accepted}
+        try:
+            if refused:
+                yield [Refused([window.window_id for window in refused])]
+            while unanswered:
+                batch = [await events.get()]
+                while not events.empty():
+                    batch.append(events.get_nowait())
+                unanswered -= {event.window_id for event in batch if isinstance(event, Done | Failed)}
+                yield batch
+        finally:
+            # where some are left, the caller has gone or has cancelled the call
+            await self.cancel(list(unanswered))
+
+    async def cancel(self, window_ids: Sequence[str], *, replica: str | None = None) -> None:
+        """Forgets these windows, whether they wait or run; unknown ones are ignored."""
+        for window_id in window_ids:
+            entry = self._queue.pop(window_id, None) or self._running.pop(window_id, None)
+            if entry is not None:
+                entry.events.put_nowait(Failed(window_id, Cancelled()))
+
+    async def occupancy(self, *, replica: str | None = None) -> Occupancy:
+        return Occupancy(len(self._queue), len(self._running))
+
+    def check_health(self) -> None:
+        """Raises where the replica cannot go on; Serve then replaces it."""
+        if self._worker is not None and self._worker.done():
+            raise RuntimeError("the replica's work loop has ended") from self._worker.exception()
+
+    async def _next(self) -> None:
+        """Waits until a window waits."""
+        while not self._queue:
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    def _expire(self) -> None:
+        """Gives up windows that nobody waits for any more."""
+        for late in expired((e.waiting for e in self._queue.values()), time.time()):
+            entry = self._queue.pop(late.window_id)
+            error = DeadlineExceeded("the deadline passed while a window waited for a replica")
+            entry.events.put_nowait(Failed(late.window_id, error))
+
+    async def _take(self, planned: Sequence[Waiting]) -> list[tuple[Entry, Array]]:
+        """Takes planned windows from the queue and fetches their inputs; those that cannot be fetched have failed."""
+        entries = [self._queue.pop(w.window_id) for w in planned]
+        for entry in entries:
+            self._running[entry.window.window_id] = entry
+            entry.events.put_nowait(Started([entry.window.window_id]))
+        if any(w.alone for w in planned):
+            await asyncio.sleep(NOTICE_S)
+        taken: list[tuple[Entry, Array]] = []
+        inputs = await receive([entry.window.input for entry in entries])
+        for entry, array in zip(entries, inputs, strict=True):
+            if isinstance(array, InputLost):
+                self._fail(entry, array)
+            elif entry.window.window_id in self._running:  # not cancelled meanwhile
+                taken.append((entry, array))
+        return taken
+
+    def _done(self, entry: Entry, result: Any) -> None:
+        self._answer(entry, Done(entry.window.window_id, result))
+
+    def _fail(self, entry: Entry, error: Exception) -> None:
+        self._answer(entry, Failed(entry.window.window_id, error))
+
+    def _answer(self, entry: Entry, event: Event) -> None:
+        if self._running.pop(entry.window.window_id, None) is not None:  # not cancelled meanwhile
+            entry.events.put_nowait(event)
+
+    async def _run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Runs a piece of the engine on its thread. A CUDA error ends the process: the device's state is lost, and
+        Serve starts a clean replica."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._engine, work, *arguments)
+        except torch.AcceleratorError:
+            logger.exception("the GPU failed; this replica ends")
+            os._exit(1)
+
+
+def _waiting(window: StageWindow) -> Waiting:
+    return Waiting(window.window_id, window.cost, time.time(), window.deadline, window.priority, window.alone)
+
+
+class BatchStage(StageReplica):
+    """A stage that runs rectangular batches: while one runs, the next gathers in the queue."""
+
+    budget: float
+    """What a batch may cost, in the unit of the windows' cost."""
+
+    @abstractmethod
+    def _batch(self, inputs: list[Array]) -> list[Descriptor]:
+        """Runs one batch, on the engine's thread."""
+
+    async def _work(self) -> None:
+        while True:
+            await self._next()
+            self._expire()
+            taken = await self._take(plan((e.waiting for e in self._queue.values()), budget=self.budget))
+            if not taken:
+                continue
+            try:
+                results = await self._run(self._batch, [array for _, array in taken])
+            except Exception as error:
+                logger.exception("a batch of %d windows failed", len(taken))
+                for entry, _ in taken:
+                    self._fail(entry, error)
+                continue
+            for (entry, _), result in zip(taken, results, strict=True):
+                self._done(entry, result)
