@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve_app.audio.recording import decode
+from serve_app.audio.samples import Limits
+from serve_app.audio.vad import SpeechDetector
+from serve_app.settings import AudioSettings
+from tests.audio.make import noise, tone
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.load`:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def detector() -> SpeechDetector:
+    return SpeechDetector()
+
+
+def probabilities(
+    detector: SpeechDetector, samples: npt.NDArray[np.int16], portions: int = 1
+) -> npt.NDArray[np.float32]:
+    stream = detector.stream()
+    return np.concatenate([*(stream.push(part) for part in np.array_split(samples, portions)), stream.flush()])
+
+
+def as_silero_does(samples: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]:
+    """silero-vad's own network, frame by frame."""
+    spec = importlib.util.find_spec("silero_vad")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    path = Path(spec.submodule_search_locations[0]) / "data" / "silero_vad.jit"
+    model = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
+    signal = torch.from_numpy(np.pad(samples, (0, -len(samples) % 512)).astype(np.float32) / 32768)
+    with torch.inference_mode():
+        return np.array([model(frame[None], 16_000).item() for frame in signal.view(-1, 512)], np.float32)
+
+
+def speech(shared_audio: Path) -> npt.NDArray[np.int16]:
+    with (shared_audio / "formats" / "jfk-flac_96k_24bit.flac").open("rb", buffering=0) as file:
+        return np.concatenate(list(decode(file.read, Limits.of(AudioSettings()))))
+
+
+def test_the_probabilities_are_silero_vads_own(detector: SpeechDetector, shared_audio: Path) -> None:
+    samples = speech(shared_audio)
+    ours, theirs = probabilities(detector, samples), as_silero_does(samples)
+    assert theirs.max() > 0.9
+    assert theirs.min() < 0.1
+    assert np.abs(ours - theirs).max() < 1e-4
+
+
+@pytest.mark.parametrize("samples", [tone(2.01), noise(2.01), np.zeros(5000, np.int16), noise(0.001)])
+def test_the_probabilities_are_silero_vads_own_on_what_is_not_speech(
+    detector: SpeechDetector, samples: npt.NDArray[np.int16]
+) -> None:
+    assert np.abs(probabilities(detector, samples) - as_silero_does(samples)).max() < 1e-4
+
+
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(0, 40_000), portions=st.integers(1, 12))
+def test_how_a_recording_is_portioned_changes_nothing(length: int, portions: int) -> None:
+    samples = tone(2.5)[:length] // 2 + noise(2.5)[:length] // 16
+    whole = probabilities(DETECTOR, samples)
+    assert len(whole) == -(-length // 512)
+    np.testing.assert_allclose(probabilities(DETECTOR, samples, portions), whole, atol=1e-5)
+
+
+DETECTOR = SpeechDetector()
+
+
+def test_streams_do_not_disturb_each_other(detector: SpeechDetector, shared_audio: Path) -> None:
+    samples = speech(shared_audio)
+    recordings = [samples, samples[::-1].copy(), np.roll(samples, 9000), noise(11)]
+    alone = [probabilities(detector, recording, 20) for recording in recordings]
+    together: dict[int, npt.NDArray[np.float32]] = {}
+    threads = [
+        threading.Thread(target=lambda i=i, r=r: together.update({i: probabilities(detector, r, 20)}))
+        for i, r in enumerate(recordings)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, expected in enumerate(alone):
+        np.testing.assert_allclose(together[index], expected, atol=1e-6)
+
+
+def test_loading_it_leaves_torchs_threads_alone() -> None:
+    torch.set_num_threads(3)
+    SpeechDetector()
+    assert torch.get_num_threads() == 3
+    assert "silero_vad" not in sys.modules
