@@ -21,7 +21,8 @@ def pieces(speech: np.ndarray, count: int) -> list[np.ndarray]:
     """Windows of different lengths and contents from one recording."""
     rng = np.random.default_rng(7)
     starts = rng.integers(0, len(speech) // 2, count)
-    return [speech[start : start + length] for start, length in zip(starts, rng.integers(24_000, 160_000, count))]
+    lengths = rng.integers(24_000, 160_000, count)
+    return [speech[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
 
 def drain(decoder: SlotDecoder) -> dict[str, DecodedWindow]:

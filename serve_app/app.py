@@ -1,0 +1,105 @@
+"""The whole application, on one page: an API deployment in front of three stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.api.routes import build_api
+from serve_app.batching.router import StageRouter
+from serve_app.engine.options import TranscribeOptions
+from serve_app.engine.transcript import Transcript
+from serve_app.service import Transcriber
+from serve_app.settings import Settings, StageSettings
+from serve_app.stages.decoder import DecoderStage
+from serve_app.stages.encoder import EncoderStage
+from serve_app.stages.features import FeaturesStage
+from serve_app.stages.replica import StageReplica
+from serve_app.stages.threads import use_threads
+
+HEALTH_CHECK_S = 1.0
+"""A dead replica is replaced once a health check has failed: the shorter the period, the shorter the gap."""
+
+DRAIN_S = 60.0
+"""A replica that is told to stop has this long to finish what it holds."""
+
+WORKER_ENV = {
+    # OpenMP threads that wait for work sleep instead of spinning: stages share the cores
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+@serve.ingress()
+class Api:
+    """HTTP, and the methods that Python callers reach through a handle."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        settings: Settings,
+        features: DeploymentHandle[Any],
+        encoder: DeploymentHandle[Any],
+        decoder: DeploymentHandle[Any],
+    ):
+        self._settings = settings
+        use_threads(1)  # voice activity runs on several threads, one recording each
+        model = await decoder.options(method_name="describe").remote()
+        stages = {"features": features, "encoder": encoder, "decoder": decoder}
+        self._transcriber = Transcriber(settings, stages, model)
+        await self._transcriber.start()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        # Serve's proxy numbers the responses itself
+        return build_api(self._transcriber, self._settings, set_request_id=False)
+
+    async def transcribe(
+        self, audio: bytes | np.ndarray[Any, Any], options: TranscribeOptions, sample_rate: int = 16_000
+    ) -> Transcript:
+        """For Python callers (``serve_app.client``): a file's bytes, or samples at ``sample_rate``."""
+        return await self._transcriber.transcribe(audio, options, sample_rate=sample_rate)
+
+    async def __del__(self) -> None:
+        await self._transcriber.close()
+
+
+def build(settings: Settings) -> serve.Application:
+    """The application's graph: Api → features, encoder, decoder."""
+    features = _stage(FeaturesStage, "features", settings.features).bind(settings)
+    encoder = _stage(EncoderStage, "encoder", settings.encoder).bind(settings)
+    decoder = _stage(DecoderStage, "decoder", settings.decoder).bind(settings)
+    api = serve.deployment(
+        name="api",
+        num_replicas=settings.http.replicas,
+        # the transcriber's own bound answers first, with advice when to come back
+        max_ongoing_requests=2 * settings.request.max_active + 64,
+        max_queued_requests=settings.request.max_active,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        health_check_period_s=HEALTH_CHECK_S,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        ray_actor_options={"num_cpus": 0},
+    )(Api)
+    application: serve.Application = api.bind(settings, features, encoder, decoder)
+    return application
+
+
+def _stage(replica: type[StageReplica], name: str, stage: StageSettings) -> serve.Deployment:
+    return serve.deployment(
+        name=name,
+        num_replicas=stage.replicas,
+        # calls carry several windows, and windows are what is bounded (StageSettings.max_queued_windows)
+        max_ongoing_requests=100_000,
+        request_router_config=RequestRouterConfig(
+            request_router_class=StageRouter,  # type: ignore[arg-type]  # a class is right, says Serve's own docstring
+        ),
+        health_check_period_s=HEALTH_CHECK_S,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        ray_actor_options={
+            "num_cpus": stage.num_cpus,
+            "num_gpus": stage.num_gpus,
+            "runtime_env": {"env_vars": WORKER_ENV},
+        },
+    )(replica)

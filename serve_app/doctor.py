@@ -1,0 +1,107 @@
+"""``whisper-serve doctor``: what this machine has, and what will run where."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import socket
+from importlib.metadata import version
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from serve_app.audio.decode import AudioDecoder
+from serve_app.audio.zygote import SandboxReport
+from serve_app.engine.checkpoint import CheckpointError, load
+from serve_app.engine.precision import Compute, has_bfloat16_products
+from serve_app.settings import Settings
+from serve_app.stages.threads import default_threads
+
+
+def examine(settings: Settings, console: Console) -> bool:
+    """Prints what was found; returns whether the application can start here."""
+    machine = Table("machine", "", show_lines=False, title_justify="left")
+    for name, value in _machine(settings):
+        machine.add_row(name, value)
+    console.print(machine)
+
+    problems: list[str] = []
+    plan = Table("stage", "replicas", "device", "products in", "threads", "GPU share each")
+    try:
+        compute = Compute.resolve(settings.model.device, settings.model.compute)
+    except RuntimeError as error:
+        problems.append(str(error))
+    else:
+        precision = str(compute.dtype).removeprefix("torch.")
+        stages = {"features": settings.features, "encoder": settings.encoder, "decoder": settings.decoder}
+        for name, stage in stages.items():
+            products = "float32" if name == "features" else precision
+            threads = str(stage.threads or default_threads())
+            plan.add_row(name, str(stage.replicas), compute.device.type, products, threads, f"{stage.num_gpus:g}")
+        plan.add_row("api", str(settings.http.replicas), "cpu", "", "1", "")
+        console.print(plan)
+        wanted = sum(stage.num_gpus * stage.replicas for stage in stages.values())
+        if wanted > torch.cuda.device_count():
+            problems.append(f"the replicas want {wanted:g} GPUs together; this machine has {torch.cuda.device_count()}")
+
+    try:
+        checkpoint = load(settings.model.source)
+    except CheckpointError as error:
+        problems.append(str(error))
+    else:
+        d = checkpoint.dims
+        kind = f"{d.num_languages} languages" if d.multilingual else "English only"
+        console.print(
+            f"model: {checkpoint.name} ({settings.model.source}): {d.n_audio_layer} + {d.n_text_layer} layers, "
+            f"width {d.n_audio_state}, {d.n_mels} mel bands, {kind}",
+            highlight=False,
+        )
+    problems += _port(settings)
+    for problem in problems:
+        console.print(f"[red]problem[/]: {problem}", highlight=False)
+    if not problems:
+        console.print("[green]ready[/]: `whisper-serve serve` can start here")
+    return not problems
+
+
+def _machine(settings: Settings) -> list[tuple[str, str]]:
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    instructions = "with" if has_bfloat16_products() else "without"
+    found = [
+        ("python", platform.python_version()),
+        ("packages", ", ".join(f"{p} {version(p)}" for p in ("whisper-serve", "ray", "torch", "av"))),
+        ("CPU", f"{cores} cores, {memory:.0f} GiB of memory, {instructions} bfloat16 matrix instructions"),
+        ("audio sandbox", _sandbox(settings)),
+    ]
+    if not torch.cuda.is_available():
+        found.append(("GPU", "none that PyTorch can use"))
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        size = gpu.total_memory / 2**30
+        found.append((f"GPU {index}", f"{gpu.name}, {size:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"))
+    return found
+
+
+def _port(settings: Settings) -> list[str]:
+    http = settings.http
+    try:
+        with socket.create_server((http.host, http.port)):
+            return []
+    except OSError as error:
+        return [f"cannot listen on {http.host}:{http.port}: {error.strerror}"]
+
+
+def _sandbox(settings: Settings) -> str:
+    """What holds the processes that decode strangers' audio, from a trial."""
+
+    async def report() -> SandboxReport | None:
+        async with AudioDecoder(settings.audio) as decoder:
+            return decoder.report
+
+    found = asyncio.run(report())
+    assert found is not None
+    held = "system calls filtered" if found.seccomp is None else f"no system-call filter ({found.seccomp})"
+    return f"{held}, resource limits" + (f"; it could open {', '.join(found.leaks)}" if found.leaks else "")

@@ -1,0 +1,37 @@
+"""Starting the application on this machine, or on the Ray cluster that this machine belongs to."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from serve_app.app import WORKER_ENV, build
+from serve_app.settings import Settings
+
+
+@contextlib.contextmanager
+def running(settings: Settings) -> Iterator[str]:
+    """Runs the application until the context ends; gives its URL when it is ready.
+
+    In the cluster that this process has joined, or in the one named by ``RAY_ADDRESS``, it deploys the application and
+    deletes it at the end; else it starts a cluster of its own, which ends with it.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    with contextlib.ExitStack() as stack:
+        if not ray.is_initialized():
+            os.environ.update(WORKER_ENV)  # the workers that Ray starts ahead inherit it
+            dashboard = None if address else False
+            ray.init(address=address, include_dashboard=dashboard, logging_level=logging.WARNING, log_to_driver=False)
+            stack.callback(ray.shutdown)
+            if not address:
+                stack.callback(serve.shutdown)
+        serve.start(http_options=HTTPOptions(host=settings.http.host, port=settings.http.port))
+        stack.callback(serve.delete, settings.app_name)
+        serve.run(build(settings), name=settings.app_name, route_prefix="/")
+        yield f"http://{settings.http.host}:{settings.http.port}"

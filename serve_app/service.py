@@ -1,0 +1,206 @@
+"""One recording's way through the stages: windows → features → encoder → decoder → transcript."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+import uuid
+import zlib
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
+from typing import Any, BinaryIO
+
+import numpy as np
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.audio.decode import AudioDecoder
+from serve_app.audio.pipeline import Windows
+from serve_app.audio.samples import pcm
+from serve_app.audio.vad import SpeechDetector
+from serve_app.audio.windows import Window
+from serve_app.batching.handle import BatchingHandle
+from serve_app.batching.messages import InputLost, StageWindow
+from serve_app.engine.constants import SAMPLE_RATE, WINDOW_SAMPLES
+from serve_app.engine.fallback import DecodedWindow
+from serve_app.engine.options import DecodeOptions, TranscribeOptions
+from serve_app.engine.tokens import Tokens
+from serve_app.engine.transcript import Segment, Transcript, assemble, window_segments
+from serve_app.errors import DeadlineExceeded, InvalidRequest, Overloaded, TranscriptionFailed
+from serve_app.settings import Settings
+from serve_app.stages.decoder import ModelInfo
+from serve_app.stages.transport import export_samples
+
+INPUT_LOSSES = 3
+"""How often a window is taken through the stages again because a replica died with what it had made."""
+
+
+class Transcriber:
+    """Takes recordings through the stages; one in each API replica. Belongs to one event loop."""
+
+    def __init__(self, settings: Settings, stages: dict[str, DeploymentHandle[Any]], model: ModelInfo):
+        self._settings = settings
+        self._features = BatchingHandle(
+            stages["features"], credit=2 * max(1, settings.features.budget_samples // WINDOW_SAMPLES)
+        )
+        self._encoder = BatchingHandle(stages["encoder"], credit=2 * settings.encoder.budget_windows)
+        self._decoder = BatchingHandle(
+            stages["decoder"], credit=settings.decoder.slots + max(1, settings.decoder.slots // 2)
+        )
+        self.tokens = Tokens(model.dims)
+        self._audio = AudioDecoder(settings.audio)
+        self._detector = SpeechDetector()
+        self._active = 0
+        self._mean_seconds = 1.0  # of a request, recently
+        self.model_name = settings.model.served_name or model.name
+        self.languages = frozenset(self.tokens.vocabulary.languages or {"en"})
+        self.created = int(time.time())
+
+    async def start(self) -> None:
+        await self._audio.start()
+
+    async def close(self) -> None:
+        await self._audio.close()
+
+    async def ready(self) -> dict[str, bool]:
+        """By stage: is a replica of it up?"""
+        return {
+            "features": self._features.ready,
+            "encoder": self._encoder.ready,
+            "decoder": self._decoder.ready,
+        }
+
+    async def transcribe(
+        self, audio: bytes | BinaryIO | np.ndarray[Any, Any], options: TranscribeOptions, *, sample_rate: int = 16_000
+    ) -> Transcript:
+        """Transcribes a recording: a file's bytes, a file, or samples at ``sample_rate``.
+
+        Raises the errors of ``serve_app.errors``. Cancelling it frees its work in every stage.
+        """
+        self._check(options)
+        with self._admission():
+            timeout = min(options.timeout_s or self._settings.request.timeout_s, self._settings.request.timeout_s)
+            try:
+                async with asyncio.timeout(timeout):
+                    return await self._transcribe(self._blocks(audio, sample_rate), options, time.time() + timeout)
+            except TimeoutError:
+                raise DeadlineExceeded(f"the recording was not transcribed within {timeout:g} s") from None
+
+    def _check(self, options: TranscribeOptions) -> None:
+        if options.language is not None and options.language not in self.languages:
+            raise InvalidRequest(f"the model does not know the language {options.language!r}", param="language")
+        if options.task == "translate" and len(self.languages) == 1:
+            raise InvalidRequest("the model is English-only and cannot translate", param="task")
+
+    @contextlib.contextmanager
+    def _admission(self) -> Iterator[None]:
+        """Refuses work beyond the bound; measures how long requests take, for the advice when to come back."""
+        bound = self._settings.request.max_active
+        if self._active >= bound:
+            wait = max(1.0, self._mean_seconds / bound)
+            raise Overloaded(f"{bound} recordings are being transcribed; try again later", retry_after_s=wait)
+        self._active += 1
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._active -= 1
+            self._mean_seconds += 0.1 * (time.monotonic() - began - self._mean_seconds)
+
+    def _blocks(self, audio: bytes | BinaryIO | np.ndarray[Any, Any], sample_rate: int) -> AsyncGenerator[Any, None]:
+        if isinstance(audio, np.ndarray):
+            return pcm(audio, sample_rate, self._settings.audio)
+        return self._audio.decode(audio)
+
+    async def _transcribe(
+        self, blocks: AsyncGenerator[Any, None], options: TranscribeOptions, deadline: float
+    ) -> Transcript:
+        recording = _Recording(self, options, deadline)
+        windows = Windows(blocks, self._detector, self._settings.vad)
+        room = asyncio.Semaphore(self._settings.request.windows_in_flight)
+        tasks: list[asyncio.Task[list[Segment]]] = []
+        try:
+            async with asyncio.TaskGroup() as group, contextlib.aclosing(windows):
+                async for window in windows:
+                    await room.acquire()
+                    task = group.create_task(recording.window(window))
+                    task.add_done_callback(lambda _: room.release())
+                    tasks.append(task)
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        language = await recording.language if tasks else (options.language or "en")
+        return assemble(
+            (task.result() for task in tasks), task=options.task, language=language, duration=windows.duration
+        )
+
+
+class _Recording:
+    """What a recording's windows share: the language, detected in its first window, and the request's terms."""
+
+    def __init__(self, transcriber: Transcriber, options: TranscribeOptions, deadline: float):
+        self._t = transcriber
+        self._options = options
+        self._deadline = deadline
+        self._id = uuid.uuid4().hex
+        self.language: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        known = options.language or (None if len(transcriber.languages) > 1 else "en")
+        if known is not None:
+            self.language.set_result(known)
+
+    async def window(self, window: Window) -> list[Segment]:
+        """Takes one window through the stages, and what its decoding left of it again."""
+        segments: list[Segment] = []
+        rest: Window | None = window
+        while rest is not None:
+            decoded = await self._decode(rest, before=segments)
+            if not self.language.done():
+                self.language.set_result(decoded.language)
+            seconds = len(rest.samples) / SAMPLE_RATE
+            found = (
+                []
+                if decoded.is_silence
+                else window_segments(decoded, self._t.tokens, start=rest.start, seconds=seconds)
+            )
+            segments += found
+            rest = rest.after(found[-1].end - rest.start) if found else None
+        return segments
+
+    async def _decode(self, window: Window, before: list[Segment]) -> DecodedWindow:
+        # as openai-whisper does, what was said before in the same window goes before as a prompt
+        prompt = "".join(segment.text for segment in before) or self._options.prompt
+        for _ in range(INPUT_LOSSES):
+            try:
+                return await self._through_stages(window, prompt)
+            except InputLost:
+                continue
+        raise TranscriptionFailed("replicas died again and again while part of the recording was transcribed")
+
+    async def _through_stages(self, window: Window, prompt: str | None) -> DecodedWindow:
+        first = window.index == 0
+        samples = export_samples(window.samples)
+        features = await self._t._features.call(self._work(window, samples, cost=len(window.samples)))
+        del samples
+        state = await self._t._encoder.call(self._work(window, features, cost=1))
+        del features
+        # the others wait here, encoded, until the first has told the language
+        language = await self.language if self.language.done() or not first else None
+        options = replace(self._options.decoding(language, self._seed(window)), prompt=prompt)
+        decoded: DecodedWindow = await self._t._decoder.call(self._work(window, state, cost=1, options=options))
+        return decoded
+
+    def _work(
+        self, window: Window, descriptor: Any, *, cost: float, options: DecodeOptions | None = None
+    ) -> StageWindow:
+        return StageWindow(
+            window_id=f"{self._id}/{window.start:.2f}",
+            input=descriptor,
+            cost=cost,
+            deadline=self._deadline,
+            priority=self._options.priority,
+            options=options,
+        )
+
+    def _seed(self, window: Window) -> int:
+        """Who asks for a temperature wants variety; the fallback's sampling repeats for the same sound."""
+        return random.getrandbits(32) if self._options.temperature > 0 else zlib.crc32(window.samples.tobytes())

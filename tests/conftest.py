@@ -1,0 +1,74 @@
+"""Fixtures shared by all tests: the recordings, and one Ray cluster with the application in it."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_AUDIO = ROOT.parent / "shared" / "audio"
+
+
+@pytest.fixture(scope="session")
+def shared_audio() -> Path:
+    """The folder of real recordings with references; it is no part of the repository."""
+    if not (SHARED_AUDIO / "manifest.jsonl").is_file():
+        pytest.skip(f"the recordings are not at {SHARED_AUDIO}")
+    return SHARED_AUDIO
+
+
+@pytest.fixture(scope="session")
+def manifest(shared_audio: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (shared_audio / "manifest.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def sample() -> Path:
+    """The bundled sample recording."""
+    return ROOT / "serve_app" / "assets" / "sample.flac"
+
+
+@pytest.fixture(scope="session")
+def sample_text() -> str:
+    return (ROOT / "serve_app" / "assets" / "sample.txt").read_text().strip()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """The session's Ray cluster, with Serve listening on ``HTTP_PORT``."""
+    import logging
+    import os
+
+    import ray
+    from ray import serve
+
+    from serve_app.app import WORKER_ENV
+
+    os.environ.update(WORKER_ENV)
+    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    yield
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def application(ray_cluster: None) -> Iterator[str]:
+    """The application on the embedded default with two replicas of each stage; gives its URL."""
+    from serve_app.running import running
+    from serve_app.settings import Settings
+
+    two = {"replicas": 2}
+    settings = Settings(http={"port": free_port()}, features=two, encoder=two, decoder=two)
+    with running(settings) as url:
+        yield url

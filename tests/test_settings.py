@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from serve_app.settings import CONFIG_FILE_VARIABLE, Settings
+
+
+def test_the_environment_sets_nested_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHISPER_SERVE_DECODER__SLOTS", "3")
+    assert Settings().decoder.slots == 3
+
+
+def test_a_file_sets_values_and_the_environment_and_arguments_go_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("decoder: {slots: 5, replicas: 2}\nencoder: {replicas: 3}\nhttp: {port: 9000}\n")
+    monkeypatch.setenv(CONFIG_FILE_VARIABLE, str(config))
+    monkeypatch.setenv("WHISPER_SERVE_DECODER__SLOTS", "7")
+    settings = Settings(http={"port": 9001})
+    assert (settings.decoder.slots, settings.decoder.replicas) == (7, 2)
+    assert (settings.encoder.replicas, settings.http.port) == (3, 9001)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"decoder": {"slots": 0}},
+        {"decoder": {"slotz": 4}},
+        {"no_such_section": {}},
+        {"http": {"port": 70000}},
+        {"encoder": {"num_gpus": -1}},
+        {"audio": {"min_sample_rate": 96_000, "max_sample_rate": 8_000}},
+    ],
+)
+def test_what_cannot_be_is_refused(given: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        Settings(**given)
+
+
+def test_an_unknown_name_in_the_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("decoder: {slotz: 5}\n")
+    monkeypatch.setenv(CONFIG_FILE_VARIABLE, str(config))
+    with pytest.raises(ValidationError, match="slotz"):
+        Settings()
+
+
+def test_a_config_file_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CONFIG_FILE_VARIABLE, "/nowhere.yaml")
+    with pytest.raises(FileNotFoundError, match=r"/nowhere\.yaml"):
+        Settings()
