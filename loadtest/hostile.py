@@ -201,24 +201,24 @@ async def measure(url: str, pid: int, recordings: Sequence[Recording], api_key: 
 def _print(console: Console, result: Result) -> None:
     view = Table(title="odd, damaged and hostile uploads")
     for column in ("upload", "status", "seconds", "answer", "fault"):
-        view.add_column(column, no_wrap=column != "fault")
+        view.add_column(column)
     for outcome in result.uploads:
         reply = outcome.reply
         cells = (
             outcome.case.upload.name,
             str(reply.status),
             f"{reply.seconds:.2f}",
-            reply.text or reply.message,
+            _cut(reply.text or reply.message, 64),
             outcome.fault,
         )
         view.add_row(*map(escape, cells))
     console.print(view)
     memory = Table(title="memory of the server's processes, MB (largest growth first)")
     for column in ("process", "before", "peak", "growth", "private growth", "title"):
-        memory.add_column(column, no_wrap=True, justify="left" if column == "title" else "right")
+        memory.add_column(column, justify="left" if column == "title" else "right")
     for g in result.growth[:8]:
         figures = (g.first.resident, g.peak.resident, g.resident, g.private)
-        memory.add_row(str(g.process.pid), *(f"{figure / 1e6:.0f}" for figure in figures), escape(g.title))
+        memory.add_row(str(g.process.pid), *(f"{figure / 1e6:.0f}" for figure in figures), escape(_cut(g.title, 56)))
     console.print(memory)
     seconds = [outcome.reply.seconds for outcome in result.normal]
     console.print(
@@ -227,6 +227,10 @@ def _print(console: Console, result: Result) -> None:
     )
     for sentence in result.faults():
         console.print("[red]fault[/]", escape(sentence))
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1].rstrip()}…"
 
 
 def _raw(result: Result) -> dict[str, Any]:

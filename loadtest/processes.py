@@ -30,9 +30,12 @@ class Memory:
     private: int
 
 
+NOTHING = Memory(0, 0)
+
+
 @dataclass(slots=True)
 class Growth:
-    """A process's memory when it was first seen, and the most that was seen."""
+    """A process's memory when the watch began, and the most that was seen. One that started later held nothing then."""
 
     process: Process
     title: str
@@ -106,7 +109,9 @@ class MemoryWatch:
         self._thread = threading.Thread(target=self._run, name="memory-watch", daemon=True)
 
     def __enter__(self) -> Self:
-        self._sample()
+        for process in tree(self._root):
+            now = memory(process.pid) or NOTHING
+            self._seen[process] = Growth(process, title(process.pid), now, now)
         self._thread.start()
         return self
 
@@ -129,10 +134,11 @@ class MemoryWatch:
                 continue
             seen = self._seen.get(process)
             if seen is None:
-                self._seen[process] = Growth(process, title(process.pid), now, now)
-            else:
-                seen.peak = Memory(max(seen.peak.resident, now.resident), max(seen.peak.private, now.private))
-                seen.title = title(process.pid) or seen.title
+                # Not counted yet: until a new process runs its own programme, it shows its parent's memory.
+                self._seen[process] = Growth(process, title(process.pid), NOTHING, NOTHING)
+                continue
+            seen.peak = Memory(max(seen.peak.resident, now.resident), max(seen.peak.private, now.private))
+            seen.title = title(process.pid) or seen.title
 
 
 def _stat(pid: int) -> tuple[Process, int] | None:

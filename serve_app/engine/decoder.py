@@ -39,9 +39,9 @@ class SelfAttention:
         n, t, width = x.shape
         query, key, value = self.qkv(self.norm(x)).chunk(3, dim=-1)
         keys, values = self.keys[rows], self.values[rows]
-        where = positions[..., None].expand(-1, -1, width)
-        keys.scatter_(1, where, key)
-        values.scatter_(1, where, value)
+        where = torch.arange(n, device=x.device)[:, None], positions
+        keys.index_put_(where, key)
+        values.index_put_(where, value)
         length = visible.shape[-1]
 
         def heads(y: Tensor) -> Tensor:

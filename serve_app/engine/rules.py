@@ -75,12 +75,14 @@ class Rules:
         forbidden = (self.timestamp_index < lowest[:, None]) | (last & before)[:, None]
         # The transcript opens with one, at most one second in.
         opening = timed & first
-        text.masked_fill_(opening[:, None], -torch.inf)
-        forbidden |= opening[:, None] & (self.timestamp_index > MAX_INITIAL_TIMESTAMP)
+        if bool(opening.any()):
+            text.masked_fill_(opening[:, None], -torch.inf)
+            forbidden |= opening[:, None] & (self.timestamp_index > MAX_INITIAL_TIMESTAMP)
         times.masked_fill_(forbidden & timed[:, None], -torch.inf)
         # Where all timestamps together are likelier than any one token of text, take a timestamp.
         likelier = timed & (times.logsumexp(dim=-1) > text.amax(dim=-1))
-        text.masked_fill_(likelier[:, None], -torch.inf)
+        if bool(likelier.any()):
+            text.masked_fill_(likelier[:, None], -torch.inf)
 
     def choose(
         self, logits: Tensor, state: RuleState, rows: slice, generators: list[torch.Generator | None]

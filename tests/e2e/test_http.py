@@ -49,7 +49,7 @@ def test_plain_formats(client: openai.OpenAI, sample: Path, format: Any, mark: s
 def test_translation(client: openai.OpenAI, shared_audio: Path) -> None:
     german = shared_audio / "multi" / "de-thorsten-01.flac"
     text = client.audio.translations.create(model="whisper-1", file=german).text
-    assert {"the", "of", "to", "and", "in", "a", "is"} & set(words(text))
+    assert "delicious" in words(text)  # köstlich
 
 
 def test_other_languages_are_recognised(client: openai.OpenAI, shared_audio: Path) -> None:
@@ -62,11 +62,11 @@ def test_other_languages_are_recognised(client: openai.OpenAI, shared_audio: Pat
 
 def test_a_prompt_steers_the_spelling(client: openai.OpenAI, sample: Path, sample_text: str) -> None:
     plain = client.audio.transcriptions.create(model="whisper-1", file=sample).text
-    shouted = client.audio.transcriptions.create(
-        model="whisper-1", file=sample, prompt="THIS TEXT IS WRITTEN IN CAPITAL LETTERS. EVERY SINGLE WORD OF IT IS."
-    ).text
-    assert words(plain) == words(sample_text)
-    assert sum(map(str.isupper, shouted)) > 5 * sum(map(str.isupper, plain))
+    careless = "so this is all lower case and there is no punctuation at all it just goes on and on like that " * 4
+    prompted = client.audio.transcriptions.create(model="whisper-1", file=sample, prompt=careless).text
+    assert words(plain) == words(prompted) == words(sample_text)
+    assert plain.startswith("This")
+    assert prompted.startswith("this")
 
 
 def test_a_temperature_samples(client: openai.OpenAI, sample: Path) -> None:

@@ -72,3 +72,10 @@ def test_the_watch_sees_by_how_much_a_child_grows() -> None:
     assert growth.resident == pytest.approx(100e6, rel=0.05)
     assert growth.private == pytest.approx(100e6, rel=0.05)
     assert "block" in growth.title
+
+
+def test_a_child_that_starts_later_grew_by_all_that_it_holds() -> None:
+    with processes.MemoryWatch(os.getpid(), interval_s=0.01) as watch:
+        subprocess.run([sys.executable, "-c", "import time; block = b'x' * 50_000_000; time.sleep(0.5)"], check=True)
+    [growth] = [growth for growth in watch.growth() if "block" in growth.title]
+    assert 50e6 < growth.resident < 100e6
