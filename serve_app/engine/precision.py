@@ -30,6 +30,10 @@ class Compute:
             raise RuntimeError(
                 "model.compute is float16, which PyTorch computes slowly on a CPU: take bfloat16 or float32"
             )
+        if device == "cuda" and dtype == "float32":
+            # PyTorch's convolutions would round to ten bits of mantissa; who asks for float32 wants its tokens
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = False
         return cls(torch.device(device), DTYPES[dtype])
 
 
