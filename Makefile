@@ -1,6 +1,6 @@
 # Everything is installed into .venv; pip's own settings (index, find-links) come from its environment.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint types wer speed hostile constraints clean
+.PHONY: help demo serve test lint types wer speed identity hostile constraints clean
 .DELETE_ON_ERROR:
 
 # The first of these that is 3.11 or 3.12 and can make environments; `make PYTHON=…` names another.
@@ -37,6 +37,9 @@ wer: .venv/.dev  ## Measure word error rates over real speech, beside openai-whi
 
 speed: .venv/.dev  ## Measure speed on the CPU, beside openai-whisper and faster-whisper
 	$(BIN)/python -m loadtest.speed
+
+identity: .venv/.dev  ## Compare tokens with openai-whisper's, FP32, in batches of 1 and 8
+	$(BIN)/python -m loadtest.identity
 
 hostile: .venv/.dev  ## Send odd, damaged and hostile files, and watch the server
 	$(BIN)/python -m loadtest.hostile
