@@ -23,7 +23,7 @@ from serve_app.audio.windows import Window
 from serve_app.batching.handle import BatchingHandle
 from serve_app.batching.messages import InputLost, StageWindow
 from serve_app.engine.constants import SAMPLE_RATE, WINDOW_SAMPLES
-from serve_app.engine.fallback import DecodedWindow
+from serve_app.engine.fallback import MAX_NO_SPEECH_PROB, DecodedWindow
 from serve_app.engine.options import DecodeOptions, TranscribeOptions
 from serve_app.engine.tokens import Tokens
 from serve_app.engine.transcript import Segment, Transcript, assemble, window_segments
@@ -34,6 +34,9 @@ from serve_app.stages.transport import export_samples
 
 INPUT_LOSSES = 3
 """How often a window is taken through the stages again because a replica died with what it had made."""
+
+
+LITTLE_SPEECH_S = 1.0
 
 
 class Transcriber:
@@ -157,11 +160,10 @@ class _Recording:
             if not self.language.done():
                 self.language.set_result(decoded.language)
             seconds = len(rest.samples) / SAMPLE_RATE
-            found = (
-                []
-                if decoded.is_silence
-                else window_segments(decoded, self._t.tokens, start=rest.start, seconds=seconds)
-            )
+            # where voice activity heard next to nothing, the model's own doubt that somebody speaks decides
+            doubtful = rest.speech_seconds < LITTLE_SPEECH_S and decoded.no_speech_prob > MAX_NO_SPEECH_PROB
+            silent = decoded.is_silence or doubtful
+            found = [] if silent else window_segments(decoded, self._t.tokens, start=rest.start, seconds=seconds)
             segments += found
             rest = rest.after(found[-1].end - rest.start) if found else None
         return segments
