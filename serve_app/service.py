@@ -23,7 +23,7 @@ from serve_app.audio.windows import Window
 from serve_app.batching.handle import BatchingHandle
 from serve_app.batching.messages import InputLost, StageWindow
 from serve_app.engine.constants import SAMPLE_RATE, WINDOW_SAMPLES
-from serve_app.engine.fallback import MAX_NO_SPEECH_PROB, DecodedWindow
+from serve_app.engine.fallback import MAX_NO_SPEECH_PROB, DecodedWindow, is_sparse
 from serve_app.engine.options import DecodeOptions, TranscribeOptions
 from serve_app.engine.tokens import Tokens
 from serve_app.engine.transcript import Segment, Transcript, assemble, window_segments
@@ -151,26 +151,28 @@ class _Recording:
         if known is not None:
             self.language.set_result(known)
 
-    async def window(self, window: Window) -> list[Segment]:
-        """Takes one window through the stages, and what its decoding left of it again."""
-        segments: list[Segment] = []
-        rest: Window | None = window
-        while rest is not None:
-            decoded = await self._decode(rest, before=segments)
-            if not self.language.done():
-                self.language.set_result(decoded.language)
-            seconds = len(rest.samples) / SAMPLE_RATE
-            # where voice activity heard next to nothing, the model's own doubt that somebody speaks decides
-            doubtful = rest.speech_seconds < LITTLE_SPEECH_S and decoded.no_speech_prob > MAX_NO_SPEECH_PROB
-            silent = decoded.is_silence or doubtful
-            found = [] if silent else window_segments(decoded, self._t.tokens, start=rest.start, seconds=seconds)
-            segments += found
-            rest = rest.after(found[-1].end - rest.start) if found else None
-        return segments
+    async def window(self, window: Window, before: str = "") -> list[Segment]:
+        """Takes one window through the stages, and what its decoding left out again. before: text of the same window
+        that precedes it."""
+        decoded = await self._decode(window, before)
+        if not self.language.done():
+            self.language.set_result(decoded.language)
+        # where voice activity heard next to nothing, the model's own doubt that somebody speaks decides
+        doubtful = window.speech_seconds < LITTLE_SPEECH_S and decoded.no_speech_prob > MAX_NO_SPEECH_PROB
+        if decoded.is_silence or doubtful:
+            return []
+        seconds = len(window.samples) / SAMPLE_RATE
+        found = window_segments(decoded, self._t.tokens, start=window.start, seconds=seconds)
+        if is_sparse(sum(len(segment.tokens) for segment in found), window.speech_seconds):
+            left, right = window.halves()
+            found = await self.window(left, before)
+            return found + await self.window(right, before + _text(found))
+        rest = window.after(found[-1].end - window.start) if found else None
+        return found if rest is None else found + await self.window(rest, before + _text(found))
 
-    async def _decode(self, window: Window, before: list[Segment]) -> DecodedWindow:
+    async def _decode(self, window: Window, before: str) -> DecodedWindow:
         # as openai-whisper does, what was said before in the same window goes before as a prompt
-        prompt = "".join(segment.text for segment in before) or self._options.prompt
+        prompt = before or self._options.prompt
         for _ in range(INPUT_LOSSES):
             try:
                 return await self._through_stages(window, prompt)
@@ -195,7 +197,7 @@ class _Recording:
         self, window: Window, descriptor: Any, *, cost: float, options: DecodeOptions | None = None
     ) -> StageWindow:
         return StageWindow(
-            window_id=f"{self._id}/{window.start:.2f}",
+            window_id=f"{self._id}/{window.start:.2f}+{len(window.samples)}",
             input=descriptor,
             cost=cost,
             deadline=self._deadline,
@@ -206,3 +208,7 @@ class _Recording:
     def _seed(self, window: Window) -> int:
         """Who asks for a temperature wants variety; the fallback's sampling repeats for the same sound."""
         return random.getrandbits(32) if self._options.temperature > 0 else zlib.crc32(window.samples.tobytes())
+
+
+def _text(segments: list[Segment]) -> str:
+    return "".join(segment.text for segment in segments)

@@ -47,6 +47,15 @@ class Window:
     def speech_seconds(self) -> float:
         return sum(end - begin for begin, end in self.speech)
 
+    def halves(self) -> tuple[Window, Window]:
+        """The window in two, cut in the pause nearest to its middle; in the middle if it has none."""
+        middle = len(self.samples) / SAMPLE_RATE / 2
+        pauses = [(end + begin) / 2 for (_, end), (begin, _) in itertools.pairwise(self.speech)]
+        seconds = min(pauses, key=lambda pause: abs(pause - middle), default=middle)
+        left = tuple((begin, min(end, seconds)) for begin, end in self.speech if begin < seconds)
+        cut = round(seconds * SAMPLE_RATE)
+        return Window(self.index, self.start, self.samples[:cut], left), self._from(seconds)
+
     def after(self, seconds: float) -> Window | None:
         """The window's rest from ``seconds`` on, or None if there is next to no speech in it.
 
@@ -56,10 +65,13 @@ class Window:
         near = [begin for begin, _ in self.speech if -EARLY_S <= begin - seconds <= LATE_S]
         if near:  # the timestamp meant a pause that voice activity knows better
             seconds = max(0.0, min(near, key=lambda begin: abs(begin - seconds)) - REST_PAD_S)
-        first = round(seconds * SAMPLE_RATE)
+        window = self._from(seconds)
+        shorter = len(window.samples) < len(self.samples)
+        return window if shorter and window.speech_seconds >= LEAST_REST_S else None
+
+    def _from(self, seconds: float) -> Window:
         rest = tuple((max(begin, seconds) - seconds, end - seconds) for begin, end in self.speech if end > seconds)
-        window = Window(self.index, self.start + seconds, self.samples[first:], rest)
-        return window if first > 0 and window.speech_seconds >= LEAST_REST_S else None
+        return Window(self.index, self.start + seconds, self.samples[round(seconds * SAMPLE_RATE) :], rest)
 
 
 @dataclass(slots=True)

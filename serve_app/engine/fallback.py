@@ -11,6 +11,8 @@ from dataclasses import dataclass
 MAX_COMPRESSION_RATIO = 2.4  # text that compresses better repeats itself
 MIN_AVG_LOGPROB = -1.0
 MAX_NO_SPEECH_PROB = 0.6
+SPARSE_SPEECH_S = 6.0
+SPARSE_TOKENS_PER_SECOND = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,12 @@ class DecodedWindow:
         if self.is_silence:
             return True
         return self.compression_ratio <= MAX_COMPRESSION_RATIO and self.avg_logprob >= MIN_AVG_LOGPROB
+
+
+def is_sparse(tokens: int, speech_seconds: float) -> bool:
+    """So little text for so much speech that the model must have passed over most of it, as it does now and then when
+    it closes a window with one timestamp after a few words. Speech has three to six tokens a second."""
+    return speech_seconds >= SPARSE_SPEECH_S and tokens < SPARSE_TOKENS_PER_SECOND * speech_seconds
 
 
 def quality(window: DecodedWindow) -> tuple[bool, float]:

@@ -296,3 +296,19 @@ def test_reading_aloud_fills_its_windows(seed: int) -> None:
         end = round((window.start + len(window.samples) / 16_000) * 31.25)
         assert min(reading.probabilities[end - 1 : end + 1]) < 0.1
     assert np.mean([len(window.samples) for window in windows[:-1]]) >= 24 * 16_000
+
+
+def test_halves_are_cut_in_the_pause_nearest_to_the_middle_and_lose_nothing() -> None:
+    samples = np.arange(20 * 16_000, dtype=np.int32).astype(np.int16)
+    window = Window(3, 100.0, samples, ((0.0, 4.0), (5.0, 11.0), (12.0, 20.0)))
+    left, right = window.halves()
+    assert len(left.samples) / 16_000 == 11.5
+    assert right.start == 111.5
+    np.testing.assert_array_equal(np.concatenate([left.samples, right.samples]), samples)
+    assert (left.speech, right.speech) == (((0.0, 4.0), (5.0, 11.0)), ((0.5, 8.5),))
+    assert (left.index, right.index) == (3, 3)
+
+
+def test_halves_of_speech_without_a_pause_are_equal() -> None:
+    left, right = Window(0, 0.0, np.zeros(16_000, np.int16), ((0.0, 1.0),)).halves()
+    assert len(left.samples) == len(right.samples)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.engine.fallback import DecodedWindow, compression_ratio, quality
+from serve_app.engine.fallback import DecodedWindow, compression_ratio, is_sparse, quality
 
 PLAIN = "The quick brown fox jumps over the lazy dog and runs away."
 
@@ -41,3 +41,10 @@ def test_of_failed_attempts_doubt_is_better_than_repetition() -> None:
 @pytest.mark.parametrize(("text", "low", "high"), [("", 0, 0), (PLAIN, 0.8, 1.2), ("ha" * 500, 20, 200)])
 def test_compression_ratio(text: str, low: float, high: float) -> None:
     assert low <= compression_ratio(text) <= high
+
+
+@pytest.mark.parametrize(
+    ("tokens", "speech_seconds", "sparse"), [(5, 25.0, True), (80, 25.0, False), (2, 3.0, False), (0, 25.0, True)]
+)
+def test_little_text_for_much_speech_is_sparse(tokens: int, speech_seconds: float, sparse: bool) -> None:
+    assert is_sparse(tokens, speech_seconds) is sparse
