@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
 
 from serve_app.app import WORKER_ENV, build
-from serve_app.settings import Settings
+from serve_app.settings import HttpSettings, Settings
 
 
 @contextlib.contextmanager
@@ -32,6 +33,22 @@ def running(settings: Settings) -> Iterator[str]:
             if not address:
                 stack.callback(serve.shutdown)
         serve.start(http_options=HTTPOptions(host=settings.http.host, port=settings.http.port))
+        _check_address(settings.http)
         stack.callback(serve.delete, settings.app_name)
         serve.run(build(settings), name=settings.app_name, route_prefix="/")
         yield f"http://{settings.http.host}:{settings.http.port}"
+
+
+def _check_address(http: HttpSettings) -> None:
+    """Serve listens once in a cluster: where it runs already, it keeps its address without a word.
+
+    Raises RuntimeError where that is another than the settings'.
+    """
+    client = _get_global_client()
+    assert client is not None  # serve.start has just made it
+    listening = client.http_config
+    if (listening.host, listening.port) != (http.host, http.port):
+        raise RuntimeError(
+            f"Ray Serve already runs in this cluster and listens on {listening.host}:{listening.port}: "
+            f"set http.host and http.port to that, or stop it with `serve shutdown`"
+        )

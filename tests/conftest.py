@@ -45,30 +45,33 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """The session's Ray cluster, with Serve listening on ``HTTP_PORT``."""
+def ray_cluster() -> Iterator[int]:
+    """The session's Ray cluster; gives the port that Serve listens on."""
     import logging
     import os
 
     import ray
     from ray import serve
+    from ray.serve.config import HTTPOptions
 
     from serve_app.app import WORKER_ENV
 
     os.environ.update(WORKER_ENV)
     ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    yield
+    port = free_port()
+    serve.start(http_options=HTTPOptions(port=port))
+    yield port
     serve.shutdown()
     ray.shutdown()
 
 
 @pytest.fixture(scope="session")
-def application(ray_cluster: None) -> Iterator[str]:
+def application(ray_cluster: int) -> Iterator[str]:
     """The application on the embedded default with two replicas of each stage; gives its URL."""
     from serve_app.running import running
     from serve_app.settings import Settings
 
     two = {"replicas": 2}
-    settings = Settings(http={"port": free_port()}, features=two, encoder=two, decoder=two)
+    settings = Settings(http={"port": ray_cluster}, features=two, encoder=two, decoder=two)
     with running(settings) as url:
         yield url

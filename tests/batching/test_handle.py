@@ -42,18 +42,18 @@ def deploy(*, replicas: int = 1, **arguments: int) -> Iterator[DeploymentHandle[
 
 
 @pytest.fixture(scope="module")
-def stage(ray_cluster: None) -> Iterator[DeploymentHandle[Any]]:
+def stage(ray_cluster: int) -> Iterator[DeploymentHandle[Any]]:
     """One replica that runs batches of up to four windows."""
     yield from deploy(budget=4)
 
 
 @pytest.fixture
-def three_replicas(ray_cluster: None) -> Iterator[DeploymentHandle[Any]]:
+def three_replicas(ray_cluster: int) -> Iterator[DeploymentHandle[Any]]:
     yield from deploy(replicas=3, budget=4)
 
 
 @pytest.fixture
-def small_queue(ray_cluster: None) -> Iterator[DeploymentHandle[Any]]:
+def small_queue(ray_cluster: int) -> Iterator[DeploymentHandle[Any]]:
     yield from deploy(budget=1, max_queued_windows=2)
 
 

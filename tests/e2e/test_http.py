@@ -12,6 +12,9 @@ import httpx
 import openai
 import pytest
 
+from serve_app.running import running
+from serve_app.settings import Settings
+
 
 @pytest.fixture(scope="module")
 def client(application: str) -> openai.OpenAI:
@@ -135,3 +138,11 @@ def test_many_recordings_at_once(application: str, sample: Path, sample_text: st
 def test_the_stages_are_ready(application: str) -> None:
     assert httpx.get(f"{application}/healthz").status_code == 200
     assert httpx.get(f"{application}/readyz").json()["stages"] == {"features": True, "encoder": True, "decoder": True}
+
+
+def test_an_address_that_serve_does_not_listen_on_is_refused(application: str) -> None:
+    with (
+        pytest.raises(RuntimeError, match="already runs in this cluster"),
+        running(Settings(http={"port": 1}, app_name="other")),
+    ):
+        pass
