@@ -60,13 +60,13 @@ def small_queue(ray_cluster: int) -> Iterator[DeploymentHandle[Any]]:
 async def connect(stage: DeploymentHandle[Any], *, credit: int = 8) -> BatchingHandle:
     """A batching handle of this test's event loop, once it knows the stage's replicas."""
     handle = BatchingHandle(stage, credit=credit)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not handle.ready:
             await asyncio.sleep(0.02)
     return handle
 
 
-def window(order: float, *, timeout: float = 60, **fields: Any) -> StageWindow:
+def window(order: float, *, timeout: float = 240, **fields: Any) -> StageWindow:
     """A window whose work is to sleep for ``order`` seconds (or another order of ``ObedientStage``)."""
     descriptor = export_samples(np.array([order]))
     return StageWindow(uuid.uuid4().hex, descriptor, 1.0, time.time() + timeout, **fields)
