@@ -54,7 +54,6 @@ class _Replica:
 
     holds: dict[str, _Pending] = field(default_factory=dict)
     closed_until: float = 0.0
-    ran: bool = False  # windows are known to have been running when it died
 
 
 class BatchingHandle:
@@ -232,15 +231,13 @@ class BatchingHandle:
                         self._waiting.append(pending)
 
     def _retry(self, replica_id: str, batch: list[_Pending], died: Exception) -> None:
-        replica = self._replicas[replica_id]
-        replica.ran |= any(pending.running for pending in replica.holds.values())
         again = self._unanswered(replica_id, batch)
         logger.warning("%s replica %s died with %d windows under way: %s", self._stage, replica_id, len(again), died)
         self._loop.call_later(5.0, self._dispatch)
         for pending in again:
-            # The notice that windows have started may have died with the replica: where none came, each may be the
-            # reason. That of a window that runs alone always comes (``stages.replica.NOTICE_S``).
-            if pending.running or not (replica.ran or pending.window.alone):
+            # The notice that a window has started may have died with the replica, so each may be the reason. That of
+            # a window that runs alone always comes (``stages.replica.NOTICE_S``).
+            if pending.running or not pending.window.alone:
                 pending.deaths += 1
                 pending.window = replace(pending.window, alone=True)
             if pending.deaths >= MAX_DEATHS or pending.attempts >= MAX_ATTEMPTS:
