@@ -4,9 +4,8 @@ Windows are sent against credits: each replica takes one batch to run and one to
 leaves at once; while the stage is busy windows gather here, and leave together, most urgent first, when credit returns.
 The order *within* a replica is decided there, once (``batching.planner``).
 
-Transcription is pure, so a call whose replica dies is sent again. A window that was running at that moment might be
-the reason: it runs alone from then on, and after a second death it ends in an error instead of walking through all
-replicas.
+Transcription is pure, so a call whose replica dies is sent again. Each of its windows might be the reason: it runs
+alone from then on, and if it is running at a second death it ends in an error instead of walking through all replicas.
 """
 
 from __future__ import annotations
