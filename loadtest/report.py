@@ -17,7 +17,17 @@ import pynvml
 from rich.console import Console
 
 FILE_COLUMNS = 140
-PACKAGES = ("whisper-serve", "ray", "torch", "openai-whisper", "faster-whisper", "ctranslate2", "av", "silero-vad")
+PACKAGES = (
+    "whisper-serve",
+    "ray",
+    "torch",
+    "openai-whisper",
+    "faster-whisper",
+    "ctranslate2",
+    "transformers",
+    "av",
+    "silero-vad",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -52,7 +62,7 @@ def _commit() -> str | None:
 
 def _hardware() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
-    return {"cpu": _cpu(), "cores": cores, "memory_gib": _memory_gib(), "gpus": _gpus()}
+    return {"cpu": _cpu(), "cores": cores, "memory_gib": _memory_gib(), **_gpus()}
 
 
 def _cpu() -> str:
@@ -66,12 +76,14 @@ def _memory_gib() -> float:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
-def _gpus() -> list[str]:
+def _gpus() -> dict[str, Any]:
+    """Names of the GPUs, and the driver's version where there are any."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return []
-    return [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
+        return {"gpus": []}
+    names = [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
+    return {"gpus": names, "driver": pynvml.nvmlSystemGetDriverVersion()}
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""The peers as they are shipped, each behind ``loadtest.gpu.work.System``."""
