@@ -17,7 +17,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,7 @@ def text_with_headers(path: Path) -> str:
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             include = re.match(r'\s*#include "(.+)"', line)
             if include is None:
-                if not line.startswith("#pragma once"):
-                    yield line
+                yield "" if line.startswith("#pragma once") else line
                 continue
             header = path.parent / include[1]
             if not header.is_file():
@@ -197,7 +196,9 @@ def architecture_of(device: torch.device) -> str:
     """The architecture to compile for: Hopper's own instructions need its name with an ``a``."""
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 0):
-        raise CompileError(f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}; the kernels need sm_80 or newer")
+        raise CompileError(
+            f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}; the kernels need sm_80 or newer"
+        )
     return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
 
 
@@ -245,7 +246,9 @@ class Kernel:
         from cuda.core import launch
 
         stream = torch.cuda.current_stream().cuda_stream
-        launch(_stream(stream), _config(grid, block, cluster, self._shared_bytes), self._kernel, *map(_value, arguments))
+        launch(
+            _stream(stream), _config(grid, block, cluster, self._shared_bytes), self._kernel, *map(_value, arguments)
+        )
 
 
 @cache
@@ -269,9 +272,48 @@ def _value(argument: Any) -> Any:
         return 0
     if isinstance(argument, ctypes._SimpleCData):
         return argument
+    if type(argument).__name__ == "TensorMapDescriptor":  # from tensor_map; a __grid_constant__ TensorMap parameter
+        return argument
     raise TypeError(f"a kernel takes tensors, None and ctypes values, not {type(argument).__name__}")
 
 
 def builds(sequence: Sequence[Build], architecture: str) -> list[Build]:
     """Those that are made for this architecture."""
     return [b for b in sequence if architecture in b.architectures]
+
+
+class _Memory:
+    """An address with a shape, for cuda-python: it does not keep the memory, as a tensor would."""
+
+    def __init__(self, address: int, shape: tuple[int, ...], kind: str):
+        self.__cuda_array_interface__ = {"version": 3, "typestr": kind, "shape": shape, "data": (address, False)}
+
+
+@lru_cache(maxsize=4096)
+def _tensor_map(address: int, shape: tuple[int, ...], box: tuple[int, ...], index: int, kind: str) -> Any:
+    from cuda.core import Device
+    from cuda.core.utils import StridedMemoryView
+
+    Device(index).set_current()
+    view = StridedMemoryView.from_cuda_array_interface(_Memory(address, shape, kind), stream_ptr=-1)
+    swizzle, promotion = _tensor_map_enums()
+    return view.as_tensor_map(box_dim=box, swizzle=swizzle, l2_promotion=promotion)
+
+
+def _tensor_map_enums() -> tuple[Any, Any]:
+    from cuda.core import _tensor_map as enums  # NOTES: 1.2 takes these enumerations and exports them nowhere else
+
+    return enums.TensorMapSwizzle.SWIZZLE_128B, enums.TensorMapL2Promotion.L2_128B
+
+
+def tensor_map(tensor: Tensor, box: tuple[int, ...], shape: tuple[int, ...] | None = None) -> Any:
+    """What Hopper's copy engine needs to know of a contiguous FP16 or FP32 tensor; an argument for a ``Kernel``.
+
+    box: what one copy moves, outermost first as in ``shape`` (by default the tensor's own; at most 5 dimensions); its
+    innermost extent is one 128-byte row (64 or 32 elements), stored with the 128-byte swizzle. What lies outside of the
+    tensor is read as zeros and not written. Maps are kept by address and shape, which decide all that is in them, so a
+    replay of a CUDA Graph, which finds its tensors where they were, finds its maps right too.
+    """
+    index = torch.cuda.current_device() if tensor.device.index is None else tensor.device.index
+    kind = {torch.float16: "<f2", torch.float32: "<f4"}[tensor.dtype]
+    return _tensor_map(tensor.data_ptr(), tuple(tensor.shape if shape is None else shape), box, index, kind)

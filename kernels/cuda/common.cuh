@@ -57,17 +57,17 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
-template <int WIDTH = 32>
+template <int LANES = 32>
 DEVICE float warp_sum(float x) {
 #pragma unroll
-    for (int offset = WIDTH / 2; offset; offset /= 2) x += __shfl_xor_sync(ALL_LANES, x, offset);
+    for (int offset = LANES / 2; offset; offset /= 2) x += __shfl_xor_sync(ALL_LANES, x, offset);
     return x;
 }
 
-template <int WIDTH = 32>
+template <int LANES = 32>
 DEVICE float warp_max(float x) {
 #pragma unroll
-    for (int offset = WIDTH / 2; offset; offset /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, offset));
+    for (int offset = LANES / 2; offset; offset /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, offset));
     return x;
 }
 

@@ -35,6 +35,15 @@ DEVICE void barrier_wait(unsigned barrier, unsigned parity) {
         : "memory");
 }
 
+// ---- copies of bytes in a row; addresses and sizes are multiples of 16 ----
+
+DEVICE void copy_bytes(unsigned shared, const void* global, unsigned bytes, unsigned barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+        "l"(global), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
 // ---- copies by tensor map (the map is a __grid_constant__ kernel parameter; coordinates innermost first) ----
 
 struct alignas(64) TensorMap {
@@ -64,3 +73,67 @@ template <int REGISTERS>
 DEVICE void registers_take() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
 template <int REGISTERS>
 DEVICE void registers_give() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
+
+// ---- clusters: blocks that reach each other's shared memory ----
+
+DEVICE unsigned cluster_rank() {
+    unsigned rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// Waits for all threads of the cluster, those of a warp in any order.
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Arrives at the barrier that has the same place in the shared memory of block ``rank`` of the cluster.
+// NOTES: a release at the cluster's scope would wait for all of this thread's stores, wherever they go. What this tells
+// is that matrix units have read shared memory, which is over when their products are waited for.
+DEVICE void barrier_arrive_at(unsigned barrier, unsigned rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+        "}\n" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
+// To the same place in every block of the cluster whose bit is set; each block's own barrier counts its bytes.
+DEVICE void copy_tile_2d_to(unsigned short blocks, unsigned shared, const TensorMap* map, unsigned barrier, int x, int y) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared),
+        "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
+        : "memory");
+}
+
+// ---- from shared to global memory by tensor map ----
+
+DEVICE void store_tile_2d(const TensorMap* map, unsigned shared, int x, int y) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+                 "r"(shared), "r"(x), "r"(y)
+                 : "memory");
+}
+
+// Adds to what is there; the sums are taken in L2.
+DEVICE void add_tile_2d(const TensorMap* map, unsigned shared, int x, int y) {
+    asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+                 "r"(shared), "r"(x), "r"(y)
+                 : "memory");
+}
+
+DEVICE void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until at most ``PENDING`` of this thread's latest committed groups still have to read from shared memory.
+template <int PENDING>
+DEVICE void stores_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory"); }
+
+// Four 8 × 8 matrices of 16-bit elements to shared memory, as ``load_matrices`` reads them.
+DEVICE void store_matrices(unsigned address, unsigned a, unsigned b, unsigned c, unsigned d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+                 "r"(d)
+                 : "memory");
+}

@@ -1,0 +1,1 @@
+"""Each kernel beside the library call and its bound, on the GPU at hand."""
