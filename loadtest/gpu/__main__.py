@@ -33,7 +33,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--models", type=_models, default=list(MODELS), help=f"of {', '.join(MODELS)} (all)")
     parser.add_argument("--systems", type=_systems, default=dict(SYSTEMS), help=f"of {', '.join(SYSTEMS)} (all)")
-    parser.add_argument("--batches", type=_batches, default=BATCHES, help="windows together, separated by commas")
+    parser.add_argument(
+        "--batches",
+        type=_batches,
+        action="append",
+        default=[("", BATCHES)],
+        metavar="[MODEL|SYSTEM|MODEL/SYSTEM=]1,64,…",
+        help="windows together, for all or for some; may be repeated, the most particular holds",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of a size (%(default)s)")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for a system and model (%(default)s)")
     parser.add_argument("--budget-seconds", type=float, default=MOST_SECONDS, help="seconds for all")
@@ -46,16 +53,23 @@ def measure(options: argparse.Namespace, announce: Callable[[str], None], keep: 
     """Every model, every system; ``keep`` gets all runs so far after each."""
     end = time.monotonic() + options.budget_seconds
     runs: list[Run] = []
-    for model in options.models:
-        for name, path in options.systems.items():
+    for name, path in options.systems.items():
+        for model in options.models:
             seconds = min(options.timeout, end - time.monotonic() - GRACE_S)
             if seconds <= 0:
                 runs.append(Run(model, name, name, error="not begun: the time for all is spent"))
             else:
                 announce(f"{model}: {name} …")
-                job = Job(path, MODELS[model], options.batches, repeats=options.repeats, seconds=seconds)
+                batches = batches_of(options.batches, model, name)
+                job = Job(path, MODELS[model], batches, repeats=options.repeats, seconds=seconds)
                 runs.append(run(model, name, job))
             keep(runs)
+
+
+def batches_of(given: Sequence[tuple[str, tuple[int, ...]]], model: str, system: str) -> tuple[int, ...]:
+    """Whose batches are asked for: those of the model and system, else of the system, of the model, of all (pure)."""
+    named = dict(given)
+    return next(named[key] for key in (f"{model}/{system}", system, model, "") if key in named)
 
 
 def main() -> int:
@@ -94,11 +108,12 @@ def _systems(text: str) -> dict[str, str]:
     return {name: path or SYSTEMS[name] for name, path in named.items()}
 
 
-def _batches(text: str) -> tuple[int, ...]:
-    sizes = sorted({int(size) for size in text.split(",")})
+def _batches(text: str) -> tuple[str, tuple[int, ...]]:
+    whose, _, numbers = text.rpartition("=")
+    sizes = sorted({int(size) for size in numbers.split(",")})
     if sizes[0] < 1:
         raise argparse.ArgumentTypeError("a batch has at least one window")
-    return tuple(sizes)
+    return whose, tuple(sizes)
 
 
 if __name__ == "__main__":

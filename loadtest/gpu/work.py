@@ -46,14 +46,9 @@ MODELS = {"large-v3": _large(32), "turbo": _large(4)}
 
 
 class System(Protocol):
-    """One system, made without arguments in a process of its own.
-
-    name: as in the tables.
-    warm_ups: how often a batch of a new size is run before one is timed; compilation belongs there.
-    """
+    """One system, made without arguments in a process of its own. name: as in the tables."""
 
     name: str
-    warm_ups: int
 
     def load(self, dims: Dims, state_dict: dict[str, Tensor], device: torch.device) -> None:
         """Makes the model ready. state_dict: openai-whisper's names, on ``device``, in the dtype to compute in

@@ -96,8 +96,7 @@ def measure(job: Job, emit: Emit) -> None:
 def _time(system: System, log_mel: Tensor, task: Task, repeats: int) -> dict[str, Any]:
     seconds, tokens = [], torch.empty(0)
     begin = time.perf_counter()
-    for _ in range(system.warm_ups):
-        system.run(log_mel)
+    system.run(log_mel)
     _synchronize(log_mel.device)
     warm_up_s = time.perf_counter() - begin
     for _ in range(repeats):
@@ -112,8 +111,8 @@ def _time(system: System, log_mel: Tensor, task: Task, repeats: int) -> dict[str
 
 
 def reason_to_stop(rates: Sequence[float], took: float, seconds_left: float) -> str | None:
-    """Why no further size is to be begun, or None (pure). rates: windows a second at the sizes so far; took: seconds for
-    the size before, which a larger one will hardly undercut."""
+    """Why no further size is to be begun, or None (pure). rates: windows a second at the sizes so far; took: seconds
+    for the size before, which a larger one will hardly undercut."""
     if has_fallen_twice(rates):
         return "throughput fell twice"
     if took > seconds_left:

@@ -20,7 +20,6 @@ SMALL = replace(
 
 class Good:
     name = "good"
-    warm_ups = 1
 
     def load(self, dims: Dims, state_dict: dict[str, Tensor], device: torch.device) -> None:
         self.dims = dims

@@ -83,10 +83,28 @@ def test_throughput_has_fallen_twice_when_two_sizes_stay_below_the_best(rates: l
 
 
 def test_models_systems_and_batches_are_chosen_on_the_command_line() -> None:
-    options = command.parse(["--models", "turbo", "--systems", "openai,mine=a.b:C", "--batches", "64,1"])
+    options = command.parse(["--models", "turbo", "--systems", "openai,mine=a.b:C"])
     assert options.models == ["turbo"]
     assert options.systems == {"openai": SYSTEMS["openai"], "mine": "a.b:C"}
-    assert options.batches == (1, 64)
+
+
+@pytest.mark.parametrize(
+    ("model", "system", "batches"),
+    [
+        ("turbo", "engine", (1, 64)),
+        ("large-v3", "engine", (1, 192)),
+        ("large-v3", "openai", (1, 128)),
+        ("turbo", "openai", (256,)),
+    ],
+)
+def test_the_most_particular_batches_hold(model: str, system: str, batches: tuple[int, ...]) -> None:
+    asked = ["64,1", "large-v3=1,192", "openai=1,128", "turbo/openai=256"]
+    options = command.parse([part for text in asked for part in ("--batches", text)])
+    assert command.batches_of(options.batches, model, system) == batches
+
+
+def test_all_batches_are_run_unless_others_are_asked_for() -> None:
+    assert command.batches_of(command.parse([]).batches, "turbo", "engine") == command.BATCHES
 
 
 @pytest.mark.parametrize(

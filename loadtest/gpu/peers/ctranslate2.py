@@ -16,7 +16,6 @@ from serve_app.engine.checkpoint import Dims
 
 class CTranslate2:
     name = "CTranslate2"
-    warm_ups = 1
 
     def load(self, dims: Dims, state_dict: dict[str, Tensor], device: torch.device) -> None:
         ctranslate2: Any = import_module("ctranslate2")

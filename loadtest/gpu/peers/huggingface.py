@@ -18,7 +18,6 @@ class Transformers:
     """Attention through PyTorch's ``scaled_dot_product_attention``, a cache that grows: the defaults."""
 
     name = "transformers"
-    warm_ups = 1
 
     def load(self, dims: Dims, state_dict: dict[str, Tensor], device: torch.device) -> None:
         transformers: Any = import_module("transformers")
@@ -39,26 +38,14 @@ class Transformers:
 
 
 class TransformersStatic(Transformers):
-    """A cache of fixed size, with which ``generate`` compiles the decoder by itself (mode ``reduce-overhead``)."""
+    """A cache of fixed size, with which ``generate`` compiles the decoder by itself (mode ``reduce-overhead``): once
+    for one window, once for any other number."""
 
     name = "transformers, static cache, compiled"
-    warm_ups = 2
-
-    def __init__(self) -> None:
-        self._compiled_for: int | None = None
 
     def load(self, dims: Dims, state_dict: dict[str, Tensor], device: torch.device) -> None:
         super().load(dims, state_dict, device)
         self._model.generation_config.cache_implementation = "static"
-
-    def run(self, log_mel: Tensor) -> Tensor:
-        n = len(log_mel)
-        if self._compiled_for not in (None, n):
-            # NOTES: a second size would be compiled for any size, which is slower; and its graphs' memory would stay.
-            torch._dynamo.reset()
-            torch.cuda.empty_cache()
-        self._compiled_for = n
-        return super().run(log_mel)
 
 
 def config(dims: Dims, transformers: Any) -> Any:

@@ -13,7 +13,6 @@ from serve_app.engine.checkpoint import Dims
 
 class OpenAIWhisper:
     name = "openai-whisper"
-    warm_ups = 1
 
     def load(self, dims: Dims, state_dict: dict[str, Tensor], device: torch.device) -> None:
         from whisper.decoding import DecodingOptions
