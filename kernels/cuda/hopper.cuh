@@ -102,12 +102,19 @@ DEVICE void barrier_arrive_at(unsigned barrier, unsigned rank) {
 }
 
 // To the same place in every block of the cluster whose bit is set; each block's own barrier counts its bytes.
-DEVICE void copy_tile_2d_to(unsigned short blocks, unsigned shared, const TensorMap* map, unsigned barrier, int x, int y) {
+DEVICE void copy_tile_2d_to(unsigned short blocks, unsigned shared, const TensorMap* map, unsigned barrier, int x,
+                            int y) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
         "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared),
         "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
         : "memory");
+}
+
+// Brings a box into L2.
+DEVICE void prefetch_tile_2d(const TensorMap* map, int x, int y) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y)
+                 : "memory");
 }
 
 // ---- from shared to global memory by tensor map ----
@@ -120,7 +127,8 @@ DEVICE void store_tile_2d(const TensorMap* map, unsigned shared, int x, int y) {
 
 // Adds to what is there; the sums are taken in L2.
 DEVICE void add_tile_2d(const TensorMap* map, unsigned shared, int x, int y) {
-    asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+    asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
+                     map),
                  "r"(shared), "r"(x), "r"(y)
                  : "memory");
 }
@@ -133,7 +141,7 @@ DEVICE void stores_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;
 
 // Four 8 × 8 matrices of 16-bit elements to shared memory, as ``load_matrices`` reads them.
 DEVICE void store_matrices(unsigned address, unsigned a, unsigned b, unsigned c, unsigned d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
-                 "r"(d)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
                  : "memory");
 }
