@@ -10,6 +10,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt
 # torch's CUDA build asks for just this version; its CPU build would leave it open, and the pin would fit only there.
+# NVRTC is not pinned: torch's CUDA build asks for its own version.
 CUDA_PINS := torch==2.13.0 triton==3.7.1
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
@@ -49,7 +50,7 @@ constraints:  ## Write constraints.txt anew: what a fresh environment resolves t
 	$(PYTHON) -m venv .venv/fresh
 	.venv/fresh/bin/python -m pip install --quiet --editable '.[dev]' $(CUDA_PINS)
 	echo '# What was tested, for Python 3.11 and 3.12. Written by `make constraints`.' > constraints.txt
-	.venv/fresh/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' >> constraints.txt
+	.venv/fresh/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v '^nvidia-cuda-nvrtc' >> constraints.txt
 	rm -rf .venv/fresh
 
 clean:  ## Remove the environment, caches and builds

@@ -128,7 +128,8 @@ def resources(build: Build, architecture: str) -> dict[str, Resources]:
     """Compiles anew, and reports what each kernel of the build uses."""
     _, log = _compile(text_with_headers(SOURCES / build.source), build, architecture)
     pattern = re.compile(
-        r"Compiling entry function '(?P<name>\w+)'.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+        r"Compiling entry function '(?P<name>\w+)'"
+        r".*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
         r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
         re.DOTALL,
     )

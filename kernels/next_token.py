@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from enum import IntEnum, auto
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from kernels.compile import Kernel, build
 
 MOST_STARTS = 4  # tokens of the longest start sequence
+MOST_PARTS = 32
+"""Into how many pieces a row of logits is cut where there are few rows."""
 DETECT = -1
 """In a start sequence: the likeliest language's token goes here."""
 
@@ -25,24 +27,21 @@ DETECT = -1
 class Field(IntEnum):
     """Columns of a slot's state, int32; TEMPERATURE, SUM_LOGPROB and NO_SPEECH hold the bits of a float32."""
 
-    def _generate_next_value_(name, start, count, last_values):  # type: ignore[no-untyped-def, override]  # noqa: N805
-        return count
-
-    POSITION = auto()  # of the input token, in the decoder's context
-    TOKEN = auto()  # the input token
-    STEP = auto()  # index of the input token, counted from <|startoftranscript|>
-    STARTS = auto()  # length of the start sequence
-    SAMPLED = auto()  # how many tokens were sampled
-    FINISHED = auto()
-    TIMESTAMPS = auto()  # decode with timestamps?
-    LAST_IS_TIMESTAMP = auto()
-    BEFORE_IS_TIMESTAMP = auto()  # of the token before the last; 1 where there is none
-    LAST_TIMESTAMP = auto()  # index of the last timestamp token, -1 where there is none
-    TEMPERATURE = auto()  # 0 takes the likeliest token
-    SEED = auto()  # of the sampling
-    SUM_LOGPROB = auto()  # of the sampled tokens
-    NO_SPEECH = auto()  # probability of <|nospeech|> after <|startoftranscript|>
-    START = auto()  # the start sequence, in MOST_STARTS columns
+    POSITION = 0  # of the input token, in the decoder's context
+    TOKEN = 1  # the input token
+    STEP = 2  # index of the input token, counted from <|startoftranscript|>
+    STARTS = 3  # length of the start sequence
+    SAMPLED = 4  # how many tokens were sampled
+    FINISHED = 5
+    TIMESTAMPS = 6  # decode with timestamps?
+    LAST_IS_TIMESTAMP = 7
+    BEFORE_IS_TIMESTAMP = 8  # of the token before the last; 1 where there is none
+    LAST_TIMESTAMP = 9  # index of the last timestamp token, -1 where there is none
+    TEMPERATURE = 10  # 0 takes the likeliest token
+    SEED = 11  # of the sampling
+    SUM_LOGPROB = 12  # of the sampled tokens
+    NO_SPEECH = 13  # probability of <|nospeech|> after <|startoftranscript|>
+    START = 14  # the start sequence, in MOST_STARTS columns
 
 
 FIELDS = Field.START + MOST_STARTS
@@ -52,8 +51,9 @@ BUILDS = (BUILD,)
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """A vocabulary's special tokens and the limits; in the order of the kernel's ``Rules``. ``language_end``: behind the
-    last language. Two blanks may not come first: a space and the end."""
+    """A vocabulary's special tokens and the limits, numbers in the order of the kernel's ``Rules``. The two blanks, a
+    space and the end, may not come first; ``language_end`` lies behind the last language. ``suppressed``: tokens that
+    are never chosen."""
 
     n_vocab: int
     end: int
@@ -67,6 +67,7 @@ class Rules:
     most_initial_timestamp: int
     most_sampled: int
     n_ctx: int
+    suppressed: tuple[int, ...]
 
 
 def float_bits(value: float) -> int:
@@ -100,27 +101,26 @@ def idle_states(slots: int, device: torch.device) -> Tensor:
 
 
 class NextToken:
-    """Chooses, and moves the slots' states on. ``suppressed``: tokens that are never chosen."""
+    """Chooses, and moves the slots' states on."""
 
-    def __init__(self, rules: Rules, suppressed: Sequence[int], device: torch.device, slots: int):
+    def __init__(self, rules: Rules, device: torch.device, slots: int):
         self.rules = rules
         self._suppressed = torch.zeros(rules.n_vocab, dtype=torch.bool, device=device)
-        self._suppressed[list(suppressed)] = True
+        self._suppressed[list(rules.suppressed)] = True
         self._tokens = torch.arange(rules.n_vocab, device=device)
         if device.type == "cuda":
             self._kernel = Kernel(BUILD, "next_token", device)
             padded = torch.zeros(-(-rules.n_vocab // 32) * 32, dtype=torch.int64, device=device)
-            padded[list(suppressed)] = 1
+            padded[list(rules.suppressed)] = 1
             words = (padded.view(-1, 32) << torch.arange(32, device=device)).sum(dim=1)
             self._mask = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-            self._most_parts = MOST_PARTS
-            self._parts = torch.empty(slots * self._most_parts * 2, 4, device=device)
+            self._parts = torch.empty(slots, MOST_PARTS, 3, 4, device=device)
             self._arrivals = torch.zeros(slots, dtype=torch.int32, device=device)
-            self._rules = torch.tensor(astuple(rules), dtype=torch.int32, device=device)
+            self._rules = torch.tensor(astuple(rules)[:-1], dtype=torch.int32, device=device)
 
     def __call__(self, logits: Tensor, states: Tensor) -> None:
-        """logits: [n, at least n_vocab] float32, what stands behind n_vocab counts for nothing; states: [n, FIELDS] int32, of the same slots,
-        changed in place."""
+        """logits: [n, at least n_vocab] float32; what stands behind n_vocab counts for nothing. states: [n, FIELDS]
+        int32, of the same slots, changed in place."""
         n = len(logits)
         if logits.dtype != torch.float32 or logits.stride(1) != 1 or logits.shape[1] < self.rules.n_vocab:
             raise ValueError(f"logits must be float32 [n, {self.rules.n_vocab}], got {list(logits.shape)}")
@@ -129,7 +129,7 @@ class NextToken:
         if not logits.is_cuda:
             self.reference(logits[:, : self.rules.n_vocab], states)
             return
-        parts = max(1, min(self._most_parts, 264 // n))
+        parts = max(1, min(MOST_PARTS, 264 // n))
         self._kernel(
             (n, parts),
             256,
@@ -151,7 +151,7 @@ class NextToken:
         sampling = forced >= column[Field.STARTS]
         index = torch.arange(len(logits), device=logits.device)
 
-        begun = active & ~sampling & (forced == 1)
+        begun = active & (forced == 1)
         if bool(begun.any()):
             no_speech = logits[begun].softmax(dim=-1)[:, rules.no_speech]
             states.view(torch.float32)[begun.nonzero()[:, 0], Field.NO_SPEECH] = no_speech
@@ -239,14 +239,12 @@ class NextToken:
         keep(Field.FINISHED, (tokens == rules.end) | full)
 
 
-MOST_PARTS = 32
-"""Into how many pieces a row of logits is cut where there are few rows."""
-
-
 def gumbel(seed: int, sampled: int, tokens: Tensor) -> Tensor:
-    """Standard Gumbel numbers for the tokens (int64 [n]), from a seed and how many tokens were sampled before: the arg-max
-    of logits / temperature plus these is a sample of their softmax. The same on every device, so that a window decoded
-    again gives the same text, whatever it is batched with."""
+    """Standard Gumbel numbers for the tokens (int64 [n]), from a seed and how many tokens were sampled before.
+
+    The arg-max of logits / temperature plus these is a sample of their softmax. They are the same on every device, so
+    that a window decoded again gives the same text, whatever it is batched with.
+    """
     word = 0xFFFFFFFF
 
     def mix(x: Tensor) -> Tensor:
@@ -256,5 +254,5 @@ def gumbel(seed: int, sampled: int, tokens: Tensor) -> Tensor:
         return x ^ (x >> 16)
 
     key = mix(torch.tensor((seed + 0x9E3779B9 * (sampled + 1)) & word, device=tokens.device))
-    uniform = ((mix(key ^ ((tokens * 0x9E3779B1) & word)) >> 8).float() + 0.5) * 2**-24
+    uniform = ((mix(key ^ ((tokens * 0x9E3779B1) & word)) >> 9).float() + 0.5) * 2**-23
     return -(-uniform.log()).log()

@@ -35,22 +35,27 @@ DEVICE Choice merge(const Choice& a, const Choice& b) {
     return c;
 }
 
-DEVICE Choice shuffle(const Choice& a, int offset) {
-    return {__shfl_xor_sync(ALL_LANES, a.maximum, offset), __shfl_xor_sync(ALL_LANES, a.sum, offset),
-            __shfl_xor_sync(ALL_LANES, a.score, offset), __shfl_xor_sync(ALL_LANES, a.token, offset)};
+DEVICE Choice warp_merge(Choice a) {
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2)
+        a = merge(a, {__shfl_xor_sync(ALL_LANES, a.maximum, offset), __shfl_xor_sync(ALL_LANES, a.sum, offset),
+                      __shfl_xor_sync(ALL_LANES, a.score, offset), __shfl_xor_sync(ALL_LANES, a.token, offset)});
+    return a;
 }
 
 // Of all threads; the result is right in the first warp.
 DEVICE Choice reduce(Choice a, Choice* shared) {
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) a = merge(a, shuffle(a, offset));
+    a = warp_merge(a);
     __syncthreads();
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = a;
     __syncthreads();
-    a = threadIdx.x < THREADS / 32 ? shared[threadIdx.x] : nothing();
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) a = merge(a, shuffle(a, offset));
-    return a;
+    return warp_merge(threadIdx.x < THREADS / 32 ? shared[threadIdx.x] : nothing());
+}
+
+// What another block wrote: past L1
+DEVICE Choice load(const Choice* from) {
+    const float4 a = __ldcg(reinterpret_cast<const float4*>(from));
+    return {a.x, a.y, a.z, __float_as_int(a.w)};
 }
 
 DEVICE float log_sum(const Choice& a) { return a.sum > 0.0f ? a.maximum + logf(a.sum) : -infinity(); }
@@ -64,7 +69,7 @@ DEVICE unsigned mix(unsigned x) {
 
 // A standard Gumbel number: the arg-max of logits / temperature + these is a sample of their softmax.
 DEVICE float gumbel(unsigned key, unsigned token) {
-    const float uniform = (float(mix(key ^ (token * 0x9e3779b1u)) >> 8) + 0.5f) * 5.9604644775390625e-8f;
+    const float uniform = (float(mix(key ^ (token * 0x9e3779b1u)) >> 9) + 0.5f) * 1.1920928955078125e-7f;
     return -logf(-logf(uniform));
 }
 
@@ -95,9 +100,8 @@ next_token(const float* logits, const unsigned* suppressed, int* states, Choice*
     const float temperature = __int_as_float(state[TEMPERATURE]);
     const unsigned key = mix(unsigned(state[SEED]) + 0x9e3779b9u * unsigned(state[SAMPLED] + 1));
 
-    // Which results a token counts for: 0 none, 1 text (without timestamps: any token), 2 timestamps
+    // What a token may be chosen as: 0 not at all, 1 text (without timestamps: any token), 2 a timestamp
     auto kind = [&](int token) {
-        if (!sampling) return 1;
         if (suppressed[token / 32] >> (token % 32) & 1) return 0;
         if (first && (token == rules.blank_first || token == rules.blank_second)) return 0;
         if (!timed) return 1;
@@ -106,61 +110,66 @@ next_token(const float* logits, const unsigned* suppressed, int* states, Choice*
         return 1;
     };
 
-    Choice text = nothing(), timestamps = nothing();
-    if (sampling || forced == 1) {
+    // ``all``: unfiltered, after <|startoftranscript|>; its choice is the likeliest language
+    Choice all = nothing(), text = nothing(), timestamps = nothing();
+    const bool begins = forced == 1;
+    auto add = [](Choice& choice, float logit, float score, int token) {
+        if (logit > choice.maximum) {
+            choice.sum = choice.sum > 0.0f ? choice.sum * exp2_approximate((choice.maximum - logit) * LOG2_E) : 0.0f;
+            choice.maximum = logit;
+        }
+        choice.sum += exp2_approximate((logit - choice.maximum) * LOG2_E);
+        if (score > choice.score) {  // a thread's tokens ascend, so that ties stay with the lower
+            choice.score = score;
+            choice.token = token;
+        }
+    };
+    if (sampling || begins) {
         const int chunk = (rules.n_vocab + gridDim.y - 1) / gridDim.y;
         const int begin = blockIdx.y * chunk, end = min(begin + chunk, rules.n_vocab);
         for (int token = begin + threadIdx.x; token < end; token += THREADS) {
             const float logit = row[token];
-            const int counts = kind(token);
+            if (begins) {
+                const bool language = token >= rules.language_begin && token < rules.language_end;
+                add(all, logit, language ? logit : -infinity(), token);
+            }
+            const int counts = sampling ? kind(token) : 0;
             if (counts == 0) continue;
-            Choice& choice = counts == 1 ? text : timestamps;
-            float score = logit;
-            if (sampling && temperature > 0.0f) score = logit / temperature + gumbel(key, token);
-            if (!sampling && (token < rules.language_begin || token >= rules.language_end)) score = -infinity();
-            if (logit > choice.maximum) {
-                choice.sum = choice.sum > 0.0f ? choice.sum * exp2_approximate((choice.maximum - logit) * LOG2_E) : 0.0f;
-                choice.maximum = logit;
-            }
-            choice.sum += exp2_approximate((logit - choice.maximum) * LOG2_E);
-            if (score > choice.score) {  // a thread's tokens ascend, so that ties stay with the lower
-                choice.score = score;
-                choice.token = token;
-            }
+            const float score = temperature > 0.0f ? logit / temperature + gumbel(key, token) : logit;
+            add(counts == 1 ? text : timestamps, logit, score, token);
         }
+        if (begins) all = reduce(all, shared);
         text = reduce(text, shared);
         timestamps = reduce(timestamps, shared);
     }
-    Choice* own = parts + (slot * gridDim.y + blockIdx.y) * 2;
+    Choice* own = parts + (slot * gridDim.y + blockIdx.y) * 3;
     if (threadIdx.x == 0) {
-        own[0] = text;
-        own[1] = timestamps;
+        own[0] = all;
+        own[1] = text;
+        own[2] = timestamps;
         __threadfence();
         last = atomicInc(arrivals + slot, gridDim.y - 1) == gridDim.y - 1;
     }
     __syncthreads();
     if (!last || threadIdx.x >= 32) return;
     __threadfence();
-    text = timestamps = nothing();
+    all = text = timestamps = nothing();
     for (int part = threadIdx.x; part < gridDim.y; part += 32) {
-        // past L1: other blocks wrote them
-        const float4 a = __ldcg(reinterpret_cast<const float4*>(parts + (slot * gridDim.y + part) * 2));
-        const float4 b = __ldcg(reinterpret_cast<const float4*>(parts + (slot * gridDim.y + part) * 2 + 1));
-        text = merge(text, {a.x, a.y, a.z, __float_as_int(a.w)});
-        timestamps = merge(timestamps, {b.x, b.y, b.z, __float_as_int(b.w)});
+        const Choice* other = parts + (slot * gridDim.y + part) * 3;
+        all = merge(all, load(other));
+        text = merge(text, load(other + 1));
+        timestamps = merge(timestamps, load(other + 2));
     }
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) {
-        text = merge(text, shuffle(text, offset));
-        timestamps = merge(timestamps, shuffle(timestamps, offset));
-    }
+    all = warp_merge(all);
+    text = warp_merge(text);
+    timestamps = warp_merge(timestamps);
     if (threadIdx.x != 0) return;
 
+    if (begins) state[NO_SPEECH] = __float_as_int(exp2_approximate((row[rules.no_speech] - log_sum(all)) * LOG2_E));
     state[POSITION]++;
     state[STEP] = forced;
     if (!sampling) {
-        if (forced == 1) state[NO_SPEECH] = __float_as_int(exp2_approximate((row[rules.no_speech] - log_sum(text)) * LOG2_E));
-        if (detecting) state[START + forced] = text.token;
+        if (detecting) state[START + forced] = all.token;
         state[TOKEN] = state[START + forced];
         return;
     }

@@ -7,50 +7,51 @@ applied after the weighted sum,
 
 so a slot keeps one array [1500, d] instead of keys and values for every layer, all layers and heads read the same
 bytes, and nothing is projected before decoding starts. Whisper's keys have no bias; the value bias adds at the end,
-because the weights of the sum add up to one.
+because the weights of the sum add up to one, and so goes into the output's bias.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import latent_attention, self_attention
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.layers import Linear, Mlp, Weights
 from serve_app.engine.precision import Compute
 
 
 class SelfAttention:
-    """Causal self-attention with a cache [slots, n_text_ctx, d] for keys and one for values."""
+    """Causal self-attention. keys, values: its caches [slots, n_text_ctx, d]."""
 
-    def __init__(self, weights: Weights, n_head: int, slots: int, n_ctx: int):
-        self.n_head = n_head
+    def __init__(self, weights: Weights, n_head: int, keys: Tensor, values: Tensor):
+        self.n_head, self.keys, self.values = n_head, keys, values
         self.norm = weights.norm("attn_ln")
         self.qkv = weights.at("attn").fused_qkv()
         self.out = weights.linear("attn.out")
-        width = self.out.weight.shape[0]
         compute = weights.compute
-        self.keys = torch.zeros(slots, n_ctx, width, device=compute.device, dtype=compute.dtype)
-        self.values = torch.zeros_like(self.keys)
-
-    def __call__(self, x: Tensor, rows: slice, positions: Tensor, visible: Tensor) -> Tensor:
-        """x: [n, t, d]; positions: [n, t]; visible: [n, 1, t, length], the cache positions each token may look at."""
-        n, t, width = x.shape
-        query, key, value = self.qkv(self.norm(x)).chunk(3, dim=-1)
-        keys, values = self.keys[rows], self.values[rows]
-        where = torch.arange(n, device=x.device)[:, None], positions
-        keys.index_put_(where, key)
-        values.index_put_(where, value)
-        length = visible.shape[-1]
-
-        def heads(y: Tensor) -> Tensor:
-            return y.view(n, -1, self.n_head, width // self.n_head).transpose(1, 2)
-
-        mixed = F.scaled_dot_product_attention(
-            heads(query), heads(keys[:, :length]), heads(values[:, :length]), attn_mask=visible
+        width = keys.shape[2]
+        self._attend = (
+            self_attention.SelfAttention(width, compute.device) if compute.has_kernels else self_attention.reference
         )
-        return self.out(mixed.transpose(1, 2).reshape(n, t, width))
+
+    def step(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x: [n, d] and positions: [n] int32, of one token in each of the first n slots."""
+        n = len(x)
+        return self.out(self._attend(self.qkv(x), self.keys[:n], self.values[:n], positions))
+
+    def prefill(self, x: Tensor, slot: int) -> Tensor:
+        """x: [t, d], the first t tokens of a slot."""
+        t, width = x.shape
+        query, key, value = self.qkv(x).view(t, 3, self.n_head, width // self.n_head).unbind(1)
+        self.keys[slot, :t] = key.reshape(t, width)
+        self.values[slot, :t] = value.reshape(t, width)
+        query, key, value = (y.transpose(0, 1)[None] for y in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)[0]
+        return self.out(mixed.transpose(0, 1).reshape(t, width))
 
 
 class CrossAttention:
@@ -60,47 +61,56 @@ class CrossAttention:
         self.n_head = n_head
         self.norm = weights.norm("cross_attn_ln")
         attention = weights.at("cross_attn")
-        self.query, self.out = attention.linear("query"), attention.linear("out")
+        self.query = attention.linear("query")
         width = self.query.weight.shape[0]
         head = width // n_head
-        self.scale = head**-0.5
         self.key = attention.product("key.weight").view(n_head, head, width)
         # [heads, d, head]: applied to the weighted sum of encoder states
         self.value = attention.product("value.weight").view(n_head, head, width).transpose(1, 2).contiguous()
-        self.value_bias = attention.product("value.bias")
+        out = attention.exact("out.weight") @ attention.exact("value.bias") + attention.exact("out.bias")
+        compute = weights.compute
+        self.out = Linear(attention.product("out.weight"), out.to(compute.dtype))
+        self._kernel = latent_attention.LatentAttention(width, compute.device) if compute.has_kernels else None
 
     def __call__(self, x: Tensor, states: Tensor) -> Tensor:
-        """x: [n, t, d]; states: [n, 1500, d]."""
-        n, t, width = x.shape
-        query = self.query(self.norm(x)) * self.scale
-        query = query.view(n * t, self.n_head, -1).transpose(0, 1)  # [heads, n·t, head]
-        latent = torch.bmm(query, self.key)  # W_kᵀ q: [heads, n·t, d]
-        latent = latent.view(self.n_head, n, t, width).permute(1, 0, 2, 3).reshape(n, self.n_head * t, width)
-        # the encoder state is both the keys and the values of one attention head as wide as the model
-        shared = states[:, None]
-        summed = F.scaled_dot_product_attention(latent[:, None], shared, shared, scale=1.0)
-        summed = summed.view(n, self.n_head, t, width).transpose(0, 1).reshape(self.n_head, n * t, width)
-        mixed = torch.bmm(summed, self.value)  # [heads, n·t, head]
-        return self.out(mixed.transpose(0, 1).reshape(n, t, width) + self.value_bias)
+        """x: [n, d], states: [n, 1500, d]; or several tokens of one window, [t, d] and [1, 1500, d]."""
+        n, width = x.shape
+        query = self.query(x).view(n, self.n_head, -1).transpose(0, 1)  # [heads, n, head]
+        latent = torch.bmm(query, self.key).transpose(0, 1)  # W_kᵀ q: [n, heads, d]
+        if self._kernel is not None and len(states) == n:
+            summed = torch.empty_like(latent)  # with its strides
+            self._kernel(latent, states, summed)
+        else:
+            windows = latent.reshape(len(states), -1, width)
+            summed = latent_attention.reference(windows, states).view(n, self.n_head, width)
+        mixed = torch.bmm(summed.transpose(0, 1), self.value)  # [heads, n, head]
+        return self.out(mixed.transpose(0, 1).reshape(n, width))
 
 
 class DecoderBlock:
-    def __init__(self, weights: Weights, n_head: int, slots: int, n_ctx: int):
-        self.self_attention = SelfAttention(weights, n_head, slots, n_ctx)
+    def __init__(self, weights: Weights, n_head: int, keys: Tensor, values: Tensor):
+        self.self_attention = SelfAttention(weights, n_head, keys, values)
         self.cross_attention = CrossAttention(weights, n_head)
+        self.mlp_norm = weights.norm("mlp_ln")
         self.mlp = Mlp(weights)
 
-    def __call__(self, x: Tensor, states: Tensor, rows: slice, positions: Tensor, visible: Tensor) -> Tensor:
-        x = x + self.self_attention(x, rows, positions, visible)
-        x = x + self.cross_attention(x, states)
-        return x + self.mlp(x)
+    def step(self, residual: Tensor, y: Tensor | None, states: Tensor, positions: Tensor) -> Tensor:
+        """Adds y, the block before's last result, to the residual stream; returns this one's, yet to be added."""
+        y = self.self_attention.step(self.self_attention.norm(residual, y), positions)
+        y = self.cross_attention(self.cross_attention.norm(residual, y), states)
+        return self.mlp(self.mlp_norm(residual, y))
+
+    def prefill(self, residual: Tensor, y: Tensor | None, states: Tensor, slot: int) -> Tensor:
+        y = self.self_attention.prefill(self.self_attention.norm(residual, y), slot)
+        y = self.cross_attention(self.cross_attention.norm(residual, y), states[slot : slot + 1])
+        return self.mlp(self.mlp_norm(residual, y))
 
 
 class Decoder:
     """Tokens in, logits out, for a fixed number of slots. It knows slots and positions, not requests or queues.
 
-    Work is done on a contiguous range of slots, so that caches and encoder states are read in place; ``move`` keeps
-    the range dense when a slot in its middle is done.
+    Steps work on the first n slots, so that caches and encoder states are read in place; ``move`` keeps the occupied
+    ones dense when one in their middle is done.
     """
 
     def __init__(self, checkpoint: Checkpoint, compute: Compute, slots: int):
@@ -109,46 +119,54 @@ class Decoder:
         weights = Weights(checkpoint.tensors, compute, "decoder.")
         self.embedding = weights.product("token_embedding.weight")
         self.positions = weights.exact("positional_embedding")
+        shape = dims.n_text_layer, 2, slots, dims.n_text_ctx, dims.n_text_state
+        self.caches = torch.zeros(shape, device=compute.device, dtype=compute.dtype)
         self.blocks = [
-            DecoderBlock(weights.at(f"blocks.{i}"), dims.n_text_head, slots, dims.n_text_ctx)
-            for i in range(dims.n_text_layer)
+            DecoderBlock(weights.at(f"blocks.{i}"), dims.n_text_head, keys, values)
+            for i, (keys, values) in enumerate(self.caches)
         ]
         self.norm = weights.norm("ln")
-        self.vocabulary = Linear(self.embedding, None)
         self.states = torch.zeros(
             slots, dims.n_audio_ctx, dims.n_audio_state, device=compute.device, dtype=compute.dtype
         )
 
+    @torch.inference_mode()
     def load(self, slot: int, state: Tensor) -> None:
         """Puts a window's encoder state [1500, d] into a slot."""
         if state.shape != self.states.shape[1:]:
             raise ValueError(f"an encoder state is {list(self.states.shape[1:])}, got {list(state.shape)}")
-        self.states[slot].copy_(state)
+        self.states[slot].copy_(state, non_blocking=True)
 
+    @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
         """Copies a slot's encoder state and the first ``length`` positions of its caches into another slot."""
         self.states[target].copy_(self.states[source])
-        for block in self.blocks:
-            cache = block.self_attention
-            cache.keys[target, :length].copy_(cache.keys[source, :length])
-            cache.values[target, :length].copy_(cache.values[source, :length])
+        self.caches[:, :, target, :length].copy_(self.caches[:, :, source, :length])
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, rows: slice, starts: Tensor) -> Tensor:
-        """tokens: [n, t] int64, placed at positions starts..starts+t-1 of the n slots in ``rows`` (starts: [n] int64)
-        → hidden states [n, t, d] in the compute precision. Positions before ``starts`` must have been computed."""
-        t = tokens.shape[1]
-        positions = starts[:, None] + torch.arange(t, device=tokens.device)
-        length = int(positions.max()) + 1
-        if length > self.dims.n_text_ctx:
-            raise ValueError(f"{length} tokens do not fit the decoder's context of {self.dims.n_text_ctx}")
-        visible = torch.arange(length, device=tokens.device) <= positions[:, None, :, None]
-        x = self.embedding[tokens].float() + self.positions[positions]
+    def prefill(self, slot: int, tokens: Sequence[int]) -> None:
+        """Computes the first positions of a slot, whose encoder state is loaded, all at once."""
+        if len(tokens) > self.dims.n_text_ctx:
+            raise ValueError(f"{len(tokens)} tokens do not fit the decoder's context of {self.dims.n_text_ctx}")
+        index = torch.tensor(tokens).to(self.compute.device)
+        residual = self.embedding[index].float() + self.positions[: len(tokens)]
+        y = None
         for block in self.blocks:
-            x = block(x, self.states[rows], rows, positions, visible)
-        return self.norm(x)
+            y = block.prefill(residual, y, self.states, slot)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [..., d] → float32 logits [..., n_vocab]."""
-        return self.vocabulary(hidden).float()
+    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens: [n] int32, one for each of the first n slots, at positions: [n] int32; the positions before must have
+        been computed → float32 logits [n, n_vocab]."""
+        at = positions.clamp(max=self.dims.n_text_ctx - 1)  # a slot that is full takes part until it is released
+        residual = self.embedding[tokens].float() + self.positions[at]
+        states, y = self.states[: len(tokens)], None
+        for block in self.blocks:
+            y = block.step(residual, y, states, at)
+        return self._logits(self.norm(residual, y))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if self.compute.has_kernels:
+            # NOTES: rounded to FP16 the best two of 51,866 logits would often be equal
+            return torch.mm(x, self.embedding.T, out_dtype=torch.float32)
+        return F.linear(x, self.embedding).float()

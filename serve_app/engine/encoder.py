@@ -18,21 +18,23 @@ from serve_app.engine.precision import Compute
 class EncoderBlock:
     def __init__(self, weights: Weights, n_head: int):
         self.n_head = n_head
-        self.norm = weights.norm("attn_ln")
+        self.attention_norm = weights.norm("attn_ln")
         self.qkv = weights.at("attn").fused_qkv()
         self.out = weights.linear("attn.out")
+        self.mlp_norm = weights.norm("mlp_ln")
         self.mlp = Mlp(weights)
 
     def attention(self, x: Tensor) -> Tensor:
         batch, positions, width = x.shape
-        qkv = self.qkv(self.norm(x)).view(batch, positions, 3, self.n_head, width // self.n_head)
+        qkv = self.qkv(x).view(batch, positions, 3, self.n_head, width // self.n_head)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.out(mixed.transpose(1, 2).reshape(batch, positions, width))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        x = x + self.attention(x)
-        return x + self.mlp(x)
+    def __call__(self, residual: Tensor, y: Tensor | None) -> Tensor:
+        """Adds y, the block before's last result, to the residual stream; returns this one's, yet to be added."""
+        y = self.attention(self.attention_norm(residual, y))
+        return self.mlp(self.mlp_norm(residual, y))
 
 
 class Encoder:
@@ -58,7 +60,8 @@ class Encoder:
         x = log_mel.to(self.compute.device, self.compute.dtype)
         for stride, (weight, bias) in enumerate(self.convolutions, start=1):
             x = F.gelu(F.conv1d(x, weight, bias, stride=stride, padding=1))
-        x = x.transpose(1, 2).float() + self.positions
+        residual = (x.transpose(1, 2).float() + self.positions).contiguous()
+        y = None
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+            y = block(residual, y)
+        return self.norm(residual, y)

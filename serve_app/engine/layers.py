@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.gelu import bias_gelu
+from kernels.layer_norm import add_layer_norm
 from serve_app.engine.precision import Compute
 
 
@@ -36,8 +38,8 @@ class Weights:
         weight = torch.cat([self.product(f"{name}.weight") for name in ("query", "key", "value")])
         return Linear(weight, torch.cat([query, torch.zeros_like(query), value]))
 
-    def norm(self, name: str) -> LayerNorm:
-        return LayerNorm(self.exact(f"{name}.weight"), self.exact(f"{name}.bias"), self.compute.dtype)
+    def norm(self, name: str) -> AddNorm:
+        return AddNorm(self.exact(f"{name}.weight"), self.exact(f"{name}.bias"), self.compute)
 
 
 class Linear:
@@ -50,20 +52,26 @@ class Linear:
         return F.linear(x, self.weight, self.bias)
 
 
-class LayerNorm:
-    """float32 in, float32 arithmetic, out in the precision of the products that follow."""
+class AddNorm:
+    """Adds a layer's result to the residual stream, and normalises the sum for the next layer: float32 arithmetic, out
+    in the precision of the products that follow."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, out: torch.dtype):
-        self.weight, self.bias, self.out = weight, bias, out
+    def __init__(self, weight: Tensor, bias: Tensor, compute: Compute):
+        self.weight, self.bias, self.compute = weight, bias, compute
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias).to(self.out)
+    def __call__(self, residual: Tensor, y: Tensor | None) -> Tensor:
+        """residual: [..., d] float32, changed in place where there is a y: [..., d] → [..., d]."""
+        if self.compute.has_kernels:
+            return add_layer_norm(residual, y, self.weight, self.bias)
+        if y is not None:
+            residual += y
+        return F.layer_norm(residual, self.weight.shape, self.weight, self.bias).to(self.compute.dtype)
 
 
 class Mlp:
     def __init__(self, weights: Weights):
-        self.norm = weights.norm("mlp_ln")
         self.up, self.down = weights.linear("mlp.0"), weights.linear("mlp.2")
+        self._gelu = bias_gelu if weights.compute.has_kernels else F.gelu
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(self.norm(x))))
+        return self.down(self._gelu(self.up(x)))

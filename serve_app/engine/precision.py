@@ -17,6 +17,11 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def has_kernels(self) -> bool:
+        """Do the CUDA kernels compute here? They take FP16; other precisions run in plain PyTorch, for comparison."""
+        return self.device.type == "cuda" and self.dtype == torch.float16
+
     @classmethod
     def resolve(cls, device: str = "auto", dtype: str = "auto") -> Compute:
         """Turns settings into what this machine can do; what it cannot do is an error."""

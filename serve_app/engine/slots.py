@@ -1,22 +1,28 @@
 """In-flight batching: windows enter free slots between steps and leave when they end, whatever the others do.
 
-This is the host's side of decoding. It is driven step by step by one thread: ``admit``, ``step``, ``cancel``.
+This is the host's side of decoding. It is driven step by step by one thread: ``admit``, ``step``, ``cancel``. The
+device keeps what a step needs of each slot (``kernels.next_token.Field``), so that on a GPU the host starts a step
+before it has seen the last one's tokens: it looks one step behind, and the GPU never waits for it.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from kernels.next_token import DETECT, Field, NextToken, Rules, idle_states, new_state
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.decoder import Decoder
 from serve_app.engine.fallback import DecodedWindow, quality
+from serve_app.engine.graphs import StepGraphs, buckets
 from serve_app.engine.options import DecodeOptions
 from serve_app.engine.precision import Compute
-from serve_app.engine.rules import Rules, RuleState
+from serve_app.engine.rules import rules_of
 from serve_app.engine.tokens import Tokens
 
 
@@ -29,19 +35,17 @@ class SlotTask:
     options: DecodeOptions
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Slot:
-    """A window in progress. ``length`` tokens are in the cache; ``pending`` waits for its start sequence to be run."""
+    """A window in progress."""
 
     task: SlotTask
-    language: str | None
+    row: int
+    prompt: tuple[int, ...]
     attempt: int = 0  # index of the temperature
-    pending: bool = True
-    length: int = 0
+    released: bool = False
+    position: int = 0  # as last seen
     sampled: list[int] = field(default_factory=list)
-    sum_logprob: float = 0.0
-    no_speech_prob: float = 0.0
-    generator: torch.Generator | None = None
     best: DecodedWindow | None = None  # of the attempts that failed the checks
 
     @property
@@ -49,17 +53,33 @@ class _Slot:
         return self.task.options.temperatures[self.attempt]
 
 
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """The slots' states after a step, once they have arrived on the host, and whose they are: slot and attempt."""
+
+    slots: list[tuple[_Slot, int]]
+    states: Tensor
+    arrived: torch.cuda.Event | None
+
+
 class SlotDecoder:
     """Decodes up to ``slots`` windows at once. Occupied slots are always 0..n-1, so that a step is dense."""
 
-    def __init__(self, checkpoint: Checkpoint, compute: Compute, slots: int):
+    @torch.inference_mode()
+    def __init__(self, checkpoint: Checkpoint, compute: Compute, slots: int, rules: Rules | None = None):
+        """rules: of choosing tokens, where they are not to be Whisper's own."""
         self.decoder = Decoder(checkpoint, compute, slots)
         self.tokens = Tokens(checkpoint.dims)
-        self.rules = Rules(self.tokens.vocabulary, checkpoint.dims.n_vocab, compute.device)
-        self._state = RuleState(slots, compute.device)
+        vocabulary = self.tokens.vocabulary
+        self._choose = NextToken(rules or rules_of(vocabulary, checkpoint.dims), compute.device, slots)
+        self.states = idle_states(slots, compute.device)
+        self._languages = {token: code for code, token in vocabulary.languages.items()}
         self._slots: list[_Slot] = []
-        self._device = compute.device
-        self._n_ctx = checkpoint.dims.n_text_ctx
+        self._reports: deque[_Report] = deque()
+        self._on_gpu = compute.device.type == "cuda"
+        self.advance = StepGraphs(self._step, buckets(slots)) if compute.has_kernels else self._step
+        # on a GPU a step is running while the one before is read
+        self._lag = 1 if self._on_gpu else 0
 
     @property
     def active(self) -> int:
@@ -79,134 +99,120 @@ class SlotDecoder:
         """Takes windows into free slots; more than there are is a ValueError."""
         if len(tasks) > self.free:
             raise ValueError(f"{len(tasks)} windows for {self.free} free slots")
-        for task in tasks:
-            self.decoder.load(len(self._slots), task.state)
-            self._slots.append(_Slot(task, task.options.language if self.tokens.multilingual else "en"))
+        entered = []
+        for row, task in enumerate(tasks, start=len(self._slots)):
+            slot = _Slot(task, row, self.tokens.prompt(task.options.prompt))
+            self.decoder.load(row, task.state)
+            if slot.prompt:
+                self.decoder.prefill(row, slot.prompt)
+            entered.append(slot)
+        self._slots += entered
+        self._begin(entered)
 
     @torch.inference_mode()
     def cancel(self, window_ids: Collection[str]) -> None:
         """Frees the slots of these windows; unknown ids are ignored (they have just ended)."""
-        for row in reversed(range(len(self._slots))):
-            if self._slots[row].task.window_id in window_ids:
-                self._release(row)
+        for slot in [slot for slot in self._slots if slot.task.window_id in window_ids]:
+            self._release(slot)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[str, DecodedWindow]]:
-        """Advances every occupied slot by one token, and runs the start sequences of new ones; returns what ended."""
-        for rows in _runs([row for row, slot in enumerate(self._slots) if slot.pending]):
-            self._start(rows)
-        done = self._collect()
-        if self._slots and not any(slot.pending for slot in self._slots):
-            self._advance()
-            done += self._collect()
+        """Advances every occupied slot by one token; returns what has ended."""
+        if self._slots:
+            self.advance(len(self._slots))
+            self._reports.append(self._report())
+        done: list[tuple[str, DecodedWindow]] = []
+        while len(self._reports) > self._lag:
+            done += self._read(self._reports.popleft())
         return done
 
-    def _start(self, rows: slice) -> None:
-        """Detects the language where it is not given, runs the start sequences and samples the first tokens."""
-        slots = self._slots[rows]
-        vocabulary = self.tokens.vocabulary
-        zero = torch.zeros(len(slots), dtype=torch.int64, device=self._device)
-        if any(slot.language is None for slot in slots):
-            start = torch.full((len(slots), 1), vocabulary.start, device=self._device)
-            logits = self.decoder.logits(self.decoder.forward(start, rows, zero)[:, 0])
-            for slot, language in zip(slots, self.rules.detect_language(logits), strict=True):
-                slot.language = slot.language or language
+    def _step(self, n: int) -> None:
+        """One step of the first n slots, on the device."""
+        states = self.states[:n]
+        logits = self.decoder.step(states[:, Field.TOKEN], states[:, Field.POSITION])
+        self._choose(logits, states)
 
-        sequences = [self._start_sequence(slot) for slot in slots]
-        longest = max(map(len, sequences))
-        tokens = [[*sequence, *[vocabulary.end] * (longest - len(sequence))] for sequence in sequences]
-        hidden = self.decoder.forward(torch.tensor(tokens, device=self._device), rows, zero)
-        index = torch.arange(len(slots), device=self._device)
-        starts = torch.tensor([sequence.index(vocabulary.start) for sequence in sequences], device=self._device)
-        lasts = torch.tensor([len(sequence) - 1 for sequence in sequences], device=self._device)
-        at_start, at_last = self.decoder.logits(torch.stack([hidden[index, starts], hidden[index, lasts]]))
-        no_speech = at_start.softmax(dim=-1)[:, vocabulary.no_speech].tolist()
-        for row, slot, sequence, probability in zip(
-            range(rows.start, rows.stop), slots, sequences, no_speech, strict=True
-        ):
-            slot.no_speech_prob, slot.length, slot.pending = probability, len(sequence), False
-            slot.sampled, slot.sum_logprob, slot.generator = [], 0.0, self._generator(slot)
-            self._state.start(row, timestamps=slot.task.options.timestamps, temperature=slot.temperature)
-        self._choose(at_last, rows)
+    def _begin(self, slots: Sequence[_Slot]) -> None:
+        """Writes the first state of slots in neighbouring rows. Their prompts are in the caches already."""
+        if not slots:
+            return
+        states = torch.tensor([self._first_state(slot) for slot in slots], dtype=torch.int32)
+        if self._on_gpu:
+            states = states.pin_memory()
+        self.states[slots[0].row : slots[-1].row + 1].copy_(states, non_blocking=True)
 
-    def _start_sequence(self, slot: _Slot) -> tuple[int, ...]:
-        assert slot.language is not None
+    def _first_state(self, slot: _Slot) -> list[int]:
         options = slot.task.options
-        start = self.tokens.start_sequence(slot.language, options.task, timestamps=options.timestamps)
-        return (*self.tokens.prompt(options.prompt), *start)
+        start = list(self.tokens.start_sequence(options.language or "en", options.task, timestamps=options.timestamps))
+        if self.tokens.multilingual and options.language is None:
+            start[1] = DETECT
+        return new_state(
+            start,
+            position=len(slot.prompt),
+            timestamps=options.timestamps,
+            temperature=slot.temperature,
+            seed=options.seed + slot.attempt,
+        )
 
-    def _generator(self, slot: _Slot) -> torch.Generator | None:
-        if slot.temperature == 0:
-            return None
-        return torch.Generator(self._device).manual_seed(slot.task.options.seed + slot.attempt)
+    def _report(self) -> _Report:
+        states = self.states[: len(self._slots)]
+        arrived = None
+        if self._on_gpu:
+            host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
+            states = host.copy_(states, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return _Report([(slot, slot.attempt) for slot in self._slots], states, arrived)
 
-    def _advance(self) -> None:
-        rows = slice(0, len(self._slots))
-        last = torch.tensor([[slot.sampled[-1]] for slot in self._slots], device=self._device)
-        starts = torch.tensor([slot.length for slot in self._slots], device=self._device)
-        logits = self.decoder.logits(self.decoder.forward(last, rows, starts)[:, 0])
-        for slot in self._slots:
-            slot.length += 1
-        self._choose(logits, rows)
-
-    def _choose(self, logits: Tensor, rows: slice) -> None:
-        slots = self._slots[rows]
-        tokens, logprobs = self.rules.choose(logits, self._state, rows, [slot.generator for slot in slots])
-        for slot, token, logprob in zip(slots, tokens.tolist(), logprobs.tolist(), strict=True):
-            slot.sampled.append(token)
-            slot.sum_logprob += logprob
-
-    def _collect(self) -> list[tuple[str, DecodedWindow]]:
-        """Takes finished windows out of their slots; those that fail the checks start again, hotter."""
+    def _read(self, report: _Report) -> list[tuple[str, DecodedWindow]]:
+        """Takes a step's tokens in, and finished windows out of their slots; those that fail the checks start again,
+        hotter."""
+        if report.arrived is not None:
+            report.arrived.synchronize()
         done = []
-        for row in reversed(range(len(self._slots))):
-            slot = self._slots[row]
-            if slot.pending or not self._is_finished(slot):
+        for (slot, attempt), state in zip(report.slots, report.states.tolist(), strict=True):
+            if slot.released or slot.attempt != attempt:
                 continue
-            result = self._result(slot)
+            slot.position = state[Field.POSITION]
+            if state[Field.SAMPLED] > len(slot.sampled):
+                slot.sampled.append(state[Field.TOKEN])
+            if not state[Field.FINISHED]:
+                continue
+            result = self._result(slot, state)
             if not result.is_acceptable:
                 slot.best = result = max(filter(None, (slot.best, result)), key=quality)
                 if slot.attempt + 1 < len(slot.task.options.temperatures):
                     slot.attempt += 1
-                    slot.pending = True
+                    slot.sampled = []
+                    self._begin([slot])
                     continue
             done.append((slot.task.window_id, result))
-            self._release(row)
+            self._release(slot)
         return done
 
-    def _is_finished(self, slot: _Slot) -> bool:
-        # openai-whisper's limits: half the context, and one token past its end
-        full = len(slot.sampled) == self._n_ctx // 2 or slot.length >= self._n_ctx
-        return slot.sampled[-1] == self.tokens.vocabulary.end or full
-
-    def _result(self, slot: _Slot) -> DecodedWindow:
+    def _result(self, slot: _Slot, state: list[int]) -> DecodedWindow:
+        floats = cast(list[float], torch.tensor(state, dtype=torch.int32).view(torch.float32).tolist())
         tokens = slot.sampled[:-1] if slot.sampled[-1] == self.tokens.vocabulary.end else slot.sampled
-        assert slot.language is not None
         return DecodedWindow(
             tokens=tokens,
             text=self.tokens.text(tokens).strip(),
-            language=slot.language,
+            language=self._languages[state[Field.START + 1]] if self.tokens.multilingual else "en",
             temperature=slot.temperature,
-            avg_logprob=slot.sum_logprob / (len(tokens) + 1),
-            no_speech_prob=slot.no_speech_prob,
+            avg_logprob=floats[Field.SUM_LOGPROB] / (len(tokens) + 1),
+            no_speech_prob=floats[Field.NO_SPEECH],
         )
 
-    def _release(self, row: int) -> None:
+    def _release(self, slot: _Slot) -> None:
         """Fills the freed slot with the last one, so that occupied slots stay dense."""
-        last = len(self._slots) - 1
-        if row != last:
-            self.decoder.move(last, row, self._slots[last].length)
-            self._state.move(last, row)
-            self._slots[row] = self._slots[last]
-        self._slots.pop()
-
-
-def _runs(rows: list[int]) -> list[slice]:
-    """Ascending row numbers as contiguous ranges."""
-    runs: list[slice] = []
-    for row in rows:
-        if runs and runs[-1].stop == row:
-            runs[-1] = slice(runs[-1].start, row + 1)
+        slot.released = True
+        last = self._slots.pop()
+        if last is not slot:
+            # steps that were started but not yet read have gone on
+            length = min(last.position + 1 + len(self._reports), self.decoder.dims.n_text_ctx)
+            self.decoder.move(last.row, slot.row, length)
+            self.states[slot.row].copy_(self.states[last.row])
+            self._slots[slot.row] = last
+            freed, last.row = last.row, slot.row
         else:
-            runs.append(slice(row, row + 1))
-    return runs
+            freed = slot.row
+        self.states[freed, Field.FINISHED] = 1

@@ -63,6 +63,6 @@ def test_attending_to_one_sharp_position_returns_it() -> None:
 
 
 def test_a_cut_says_what_it_takes() -> None:
-    # 8 warps · 2 stages · 32 positions · (160 columns · 2 bytes + 16), scores 8 · 24 · 36 · 4, weights 24 · 40 · 2, 24 · 4,
-    # a barrier of 8 bytes a stage
+    # 8 warps · 2 stages · 32 positions · (160 columns · 2 bytes + 16), scores 8 · 24 · 36 · 4, weights 24 · 40 · 2,
+    # rescales 24 · 4, barriers 8 · 2 · 8
     assert Shape(32, 2).shared_bytes(1280, 16) == 172_032 + 27_648 + 1_920 + 96 + 128

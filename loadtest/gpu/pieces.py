@@ -1,0 +1,72 @@
+"""The engine's pieces on one GPU: the encoder, milliseconds a window, and a decoding step, milliseconds::
+
+python -m loadtest.gpu.pieces --model large-v3 --json pieces.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kernels.next_token import Field, new_state
+from loadtest.gpu.engine import SLOTS, Engine
+from loadtest.gpu.work import MODELS, random_log_mel, random_weights
+
+STEP_SIZES = (1, 8, 32, 64, 128, 256)
+ENCODER_SIZES = (1, 16, 32)
+MIDDLE = 64  # a step's position, as in the middle of 128 tokens
+Row = dict[str, object]
+
+
+@torch.inference_mode()
+def measure(model: str) -> list[Row]:
+    dims, device = MODELS[model], torch.device("cuda")
+    engine = Engine()
+    engine.load(dims, random_weights(dims, device, torch.float16), device)
+    rows: list[Row] = []
+    for batch in ENCODER_SIZES:
+        log_mel = random_log_mel(batch, dims, device, torch.float16)
+        milliseconds = _median_ms(lambda log_mel=log_mel: engine.encoder(log_mel), repeats=10)  # type: ignore[misc]
+        rows.append({"piece": "encoder", "model": model, "windows": batch, "ms_a_window": milliseconds / batch})
+    states = engine.slots.states
+    engine.slots.decoder.states.normal_()
+    for size in STEP_SIZES:
+        state = new_state([50258, 50259, 50360, 50364], position=MIDDLE, timestamps=True, temperature=0.0, seed=0)
+        states[:size] = torch.tensor([state], dtype=torch.int32, device=device)
+        milliseconds = _median_ms(lambda size=size: engine.slots.advance(size), repeats=20)  # type: ignore[misc]
+        states[:, Field.FINISHED] = 1
+        rows.append({"piece": "step", "model": model, "slots": size, "of": SLOTS, "ms": milliseconds})
+    return rows
+
+
+def _median_ms(run: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(3 + repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times[3:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="large-v3")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    options = parser.parse_args()
+    rows = measure(options.model)
+    for row in rows:
+        print(row)
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
