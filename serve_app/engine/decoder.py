@@ -94,16 +94,17 @@ class DecoderBlock:
         self.mlp_norm = weights.norm("mlp_ln")
         self.mlp = Mlp(weights)
 
-    def step(self, residual: Tensor, y: Tensor | None, states: Tensor, positions: Tensor) -> Tensor:
-        """Adds y, the block before's last result, to the residual stream; returns this one's, yet to be added."""
+    def step(self, residual: Tensor, y: Tensor | None, states: Tensor, positions: Tensor) -> Tensor | None:
+        """Adds y, the block before's last result, to the residual stream; returns this one's, if it is yet to be
+        added."""
         y = self.self_attention.step(self.self_attention.norm(residual, y), positions)
         y = self.cross_attention(self.cross_attention.norm(residual, y), states)
-        return self.mlp(self.mlp_norm(residual, y))
+        return self.mlp.into(residual, self.mlp_norm(residual, y))
 
-    def prefill(self, residual: Tensor, y: Tensor | None, states: Tensor, slot: int) -> Tensor:
+    def prefill(self, residual: Tensor, y: Tensor | None, states: Tensor, slot: int) -> Tensor | None:
         y = self.self_attention.prefill(self.self_attention.norm(residual, y), slot)
         y = self.cross_attention(self.cross_attention.norm(residual, y), states[slot : slot + 1])
-        return self.mlp(self.mlp_norm(residual, y))
+        return self.mlp.into(residual, self.mlp_norm(residual, y))
 
 
 class Decoder:

@@ -29,12 +29,13 @@ class EncoderBlock:
         qkv = self.qkv(x).view(batch, positions, 3, self.n_head, width // self.n_head)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.out(mixed.transpose(1, 2).reshape(batch, positions, width))
+        return mixed.transpose(1, 2).reshape(batch, positions, width)
 
-    def __call__(self, residual: Tensor, y: Tensor | None) -> Tensor:
-        """Adds y, the block before's last result, to the residual stream; returns this one's, yet to be added."""
-        y = self.attention(self.attention_norm(residual, y))
-        return self.mlp(self.mlp_norm(residual, y))
+    def __call__(self, residual: Tensor, y: Tensor | None) -> Tensor | None:
+        """Adds y, the block before's last result, to the residual stream; returns this one's, if it is yet to be
+        added."""
+        y = self.out.into(residual, self.attention(self.attention_norm(residual, y)))
+        return self.mlp.into(residual, self.mlp_norm(residual, y))
 
 
 class Encoder:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import linear
 from kernels.gelu import bias_gelu
 from kernels.layer_norm import add_layer_norm
 from serve_app.engine.precision import Compute
@@ -42,13 +43,39 @@ class Weights:
         return AddNorm(self.exact(f"{name}.weight"), self.exact(f"{name}.bias"), self.compute)
 
 
+MANY_ROWS = 1024
+"""From so many rows on, products are our own kernel's, which does what follows them too: an encoder's window has 1,500
+rows. A decoding step has one a slot, and its products are the library's."""
+
+
 class Linear:
     """y = x Wᵀ + b in the precision of the products."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         self.weight, self.bias = weight, bias
+        self._has_kernel = weight.dtype == torch.float16 and weight.is_cuda and linear.available(weight.device)
+
+    def _fuses(self, x: Tensor) -> bool:
+        return self._has_kernel and x.numel() >= MANY_ROWS * x.shape[-1]
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._fuses(x):
+            return linear.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU of the product."""
+        if self._fuses(x):
+            return linear.linear(x, self.weight, self.bias, gelu=True)
+        y = F.linear(x, self.weight, self.bias)
+        return bias_gelu(y, out=y) if y.is_cuda and y.dtype == torch.float16 else F.gelu(y)
+
+    def into(self, residual: Tensor, x: Tensor) -> Tensor | None:
+        """Adds the product to the residual stream (float32, in place) where its kernel can; else returns it, for the
+        ``AddNorm`` that follows."""
+        if self._fuses(x):
+            linear.linear(x, self.weight, self.bias, residual=residual)
+            return None
         return F.linear(x, self.weight, self.bias)
 
 
@@ -71,7 +98,7 @@ class AddNorm:
 class Mlp:
     def __init__(self, weights: Weights):
         self.up, self.down = weights.linear("mlp.0"), weights.linear("mlp.2")
-        self._gelu = bias_gelu if weights.compute.has_kernels else F.gelu
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self._gelu(self.up(x)))
+    def into(self, residual: Tensor, x: Tensor) -> Tensor | None:
+        """As ``Linear.into``."""
+        return self.down.into(residual, self.up.gelu(x))
