@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import takewhile
 from typing import Any
 
 from rich.table import Table
@@ -19,34 +18,37 @@ REFERENCE = "openai"
 def table(model: str, runs: Sequence[Run]) -> Table:
     """Of one model: its runs in their order."""
     view = Table(title=f"{model}: RTFx, {NEW_TOKENS} tokens a window, float16")
-    columns = ("system", "one window alone, s", f"RTFx at {COMPARED}", "best RTFx (windows)", "first tokens alike")
+    columns = ("system", "one window alone, s", f"RTFx at {COMPARED}", "best RTFx (windows)", "tokens alike, %")
     for column in columns:
         view.add_column(column, justify="left" if column == "system" else "right")
     view.add_column("not measured", overflow="fold")
     reference = next((run for run in runs if run.system == REFERENCE), None)
     for run in runs:
         alone, compared, best = run.at(1), run.at(COMPARED), run.best
+        missing = [f"{batch}: {reason:.60}" for batch, reason in run.left_out.items()]
         view.add_row(
             run.name,
             f"{alone.median_s:.3f}" if alone else "–",
             f"{compared.rtfx:,.0f}" if compared else "–",
             f"{best.rtfx:,.0f} ({best.batch})" if best else "–",
             _alike_text(run, reference),
-            "; ".join([*(f"{batch}: {reason:.60}" for batch, reason in run.left_out.items()), run.error or ""]),
+            "; ".join(missing if run.error is None else [*missing, run.error]),
         )
     return view
 
 
 def alike(a: Sequence[Size], b: Sequence[Size]) -> float | None:
-    """How many tokens two systems agree on before the first that differs, on average over the windows whose tokens
-    were kept, at the sizes that both have (pure); None where they share none."""
+    """The share of tokens that two systems chose alike, place by place, in the windows whose tokens were kept, at the
+    sizes that both have (pure); None where they share none. It shows that both ran the same model: rounding alone makes
+    some windows part ways for a while."""
     theirs = {size.batch: size.tokens for size in b}
-    lengths = [
-        _common_prefix(one.split(), other.split())
+    pairs = [
+        pair
         for size in a
         for one, other in zip(size.tokens, theirs.get(size.batch, []), strict=False)
+        for pair in zip(one.split(), other.split(), strict=True)
     ]
-    return sum(lengths) / len(lengths) if lengths else None
+    return sum(one == other for one, other in pairs) / len(pairs) if pairs else None
 
 
 def raw(runs: Sequence[Run]) -> dict[str, Any]:
@@ -61,11 +63,5 @@ def raw(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _alike_text(run: Run, reference: Run | None) -> str:
-    if reference is None or run is reference:
-        return "–"
-    length = alike(run.sizes, reference.sizes)
-    return "–" if length is None else f"{length:.0f} of {NEW_TOKENS}"
-
-
-def _common_prefix(a: Sequence[str], b: Sequence[str]) -> int:
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
+    share = alike(run.sizes, reference.sizes) if reference and run is not reference else None
+    return "–" if share is None else f"{100 * share:.0f}"

@@ -73,10 +73,9 @@ def measure(job: Job, emit: Emit) -> None:
     emit({"event": "loaded", "name": system.name, "load_s": time.monotonic() - begin})
 
     rates: list[float] = []
-    took = 0.0
+    least_s = 0.0
     for at, batch in enumerate(job.batches):
-        started = time.monotonic()
-        if reason := reason_to_stop(rates, took, job.seconds - (started - begin)):
+        if reason := reason_to_stop(rates, least_s, job.seconds - (time.monotonic() - begin)):
             for left in job.batches[at:]:
                 emit({"event": "skipped", "batch": left, "reason": reason})
             return
@@ -88,9 +87,10 @@ def measure(job: Job, emit: Emit) -> None:
                 return
         else:
             emit({"event": "size", "batch": batch, **size})
-            rates.append(batch / statistics.median(size["seconds"]))
+            median_s = statistics.median(size["seconds"])
+            rates.append(batch / median_s)
+            least_s = (1 + job.repeats) * median_s
         _free(device)
-        took = time.monotonic() - started
 
 
 def _time(system: System, log_mel: Tensor, task: Task, repeats: int) -> dict[str, Any]:
@@ -110,13 +110,13 @@ def _time(system: System, log_mel: Tensor, task: Task, repeats: int) -> dict[str
     return {"seconds": seconds, "warm_up_s": warm_up_s, "memory_gib": memory, "tokens": kept}
 
 
-def reason_to_stop(rates: Sequence[float], took: float, seconds_left: float) -> str | None:
-    """Why no further size is to be begun, or None (pure). rates: windows a second at the sizes so far; took: seconds
-    for the size before, which a larger one will hardly undercut."""
+def reason_to_stop(rates: Sequence[float], least_s: float, seconds_left: float) -> str | None:
+    """Why no further size is to be begun, or None (pure). rates: windows a second at the sizes so far; least_s: what
+    the next would take if it ran as long as the one before, which it will hardly undercut."""
     if has_fallen_twice(rates):
         return "throughput fell twice"
-    if took > seconds_left:
-        return f"at least {took:.0f} s wanted, {max(0.0, seconds_left):.0f} s left"
+    if least_s > seconds_left:
+        return f"at least {least_s:.0f} s wanted, {max(0.0, seconds_left):.0f} s left"
     return None
 
 

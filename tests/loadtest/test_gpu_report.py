@@ -30,10 +30,10 @@ def test_the_table_has_latency_throughput_and_the_best_batch() -> None:
     assert "64: out of memory; SIGSEGV" in text
 
 
-def test_tokens_are_alike_up_to_the_first_that_differs_at_the_sizes_both_have() -> None:
+def test_tokens_are_compared_place_by_place_at_the_sizes_both_have() -> None:
     a = [size(1, 1.0, "1 2 3 4"), size(8, 1.0, "1 2 3 4"), size(64, 1.0, "9 9 9 9")]
-    b = [size(1, 1.0, "1 2 3 4"), size(8, 1.0, "1 2 9 4")]
-    assert report.alike(a, b) == 3.0
+    b = [size(1, 1.0, "1 2 3 4"), size(8, 1.0, "1 9 9 4")]
+    assert report.alike(a, b) == 0.75
     assert report.alike(a, []) is None
 
 

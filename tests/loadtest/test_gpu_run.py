@@ -69,9 +69,9 @@ def test_work_that_was_not_done_has_no_figure() -> None:
 
 
 def test_no_size_is_begun_for_which_there_is_no_time() -> None:
-    assert reason_to_stop([1.0, 4.0], took=7.0, seconds_left=8.0) is None
-    assert reason_to_stop([1.0, 4.0], took=9.0, seconds_left=8.0) == "at least 9 s wanted, 8 s left"
-    assert reason_to_stop([], took=0.0, seconds_left=-1.0) is not None
+    assert reason_to_stop([1.0, 4.0], least_s=7.0, seconds_left=8.0) is None
+    assert reason_to_stop([1.0, 4.0], least_s=9.0, seconds_left=8.0) == "at least 9 s wanted, 8 s left"
+    assert reason_to_stop([], least_s=0.0, seconds_left=-1.0) is not None
 
 
 @pytest.mark.parametrize(
