@@ -96,7 +96,8 @@ class LatentAttention:
             raise ValueError(f"a state's numbers have 8 or 16 bits, not {bits}")
         self.width, self.heads, self.bits = width, HEADS[width], bits
         properties = torch.cuda.get_device_properties(device)
-        self.cut = cut or shape(width, bits, properties.shared_memory_per_block_optin)
+        limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # PyTorch's stub lacks it
+        self.cut = cut or shape(width, bits, limit)
         made = latent_build(width, bits, self.cut)
         shared_bytes = self.cut.shared_bytes(width, bits)
         self._attend = Kernel(made, "latent_attention", device, shared_bytes=shared_bytes)
@@ -164,7 +165,8 @@ def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
 def dequantise(numbers: Tensor, scales: Tensor) -> Tensor:
     """What ``quantise`` kept of a state, float32."""
     by_position = scales[..., :POSITIONS].transpose(-1, -2).float()
-    return ((numbers.float() - 128).unflatten(-1, (-1, GROUP)) * by_position[..., None]).flatten(-2)
+    kept: Tensor = ((numbers.float() - 128).unflatten(-1, (-1, GROUP)) * by_position[..., None]).flatten(-2)
+    return kept
 
 
 def reference(queries: Tensor, states: Tensor) -> Tensor:

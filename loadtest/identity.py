@@ -98,7 +98,7 @@ def reference(checkpoint: Checkpoint, recordings: Sequence[Recording], cut: list
 
 def compare(checkpoint: Checkpoint, expected: Sequence[Expected], batch: int) -> Outcome:
     compute = Compute.resolve("cpu", "float32")
-    log_mel, encoder = LogMel(checkpoint.dims.n_mels), Encoder(checkpoint, compute)
+    log_mel, encoder = LogMel(checkpoint.dims.n_mels, compute), Encoder(checkpoint, compute)
     decoder = SlotDecoder(checkpoint, compute, batch)
     different = []
     batches = [expected[i : i + batch] for i in range(0, len(expected), batch)]

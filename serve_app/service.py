@@ -30,7 +30,8 @@ from serve_app.engine.transcript import Segment, Transcript, assemble, window_se
 from serve_app.errors import DeadlineExceeded, InvalidRequest, Overloaded, TranscriptionFailed
 from serve_app.settings import Settings
 from serve_app.stages.decoder import ModelInfo
-from serve_app.stages.transport import export_samples
+from serve_app.stages.ring import RingDescriptor
+from serve_app.stages.transport import Descriptor, export_samples
 
 INPUT_LOSSES = 3
 """How often a window is taken through the stages again because a replica died with what it had made."""
@@ -183,18 +184,27 @@ class _Recording:
     async def _through_stages(self, window: Window, prompt: str | None) -> DecodedWindow:
         first = window.index == 0
         samples = export_samples(window.samples)
-        features = await self._t._features.call(self._work(window, samples, cost=len(window.samples)))
-        del samples
-        state = await self._t._encoder.call(self._work(window, features, cost=1))
-        del features
+        t = self._t
+        work = self._work(window, samples, cost=len(window.samples), consumers=t._encoder.gpus)
+        features = await t._features.call(work)
+        del samples, work
+        work = self._work(window, features, cost=1, consumers=t._decoder.gpus)
+        state = await t._encoder.call(work)
+        del features, work
         # the others wait here, encoded, until the first has told the language
         language = await self.language if self.language.done() or not first else None
         options = replace(self._options.decoding(language, self._seed(window)), prompt=prompt)
-        decoded: DecodedWindow = await self._t._decoder.call(self._work(window, state, cost=1, options=options))
+        decoded: DecodedWindow = await t._decoder.call(self._work(window, state, cost=1, options=options))
         return decoded
 
     def _work(
-        self, window: Window, descriptor: Any, *, cost: float, options: DecodeOptions | None = None
+        self,
+        window: Window,
+        descriptor: Descriptor,
+        *,
+        cost: float,
+        options: DecodeOptions | None = None,
+        consumers: frozenset[str] = frozenset(),
     ) -> StageWindow:
         return StageWindow(
             window_id=f"{self._id}/{window.start:.2f}+{len(window.samples)}",
@@ -203,6 +213,8 @@ class _Recording:
             deadline=self._deadline,
             priority=self._options.priority,
             options=options,
+            gpu=descriptor.gpu if isinstance(descriptor, RingDescriptor) else None,
+            consumers=consumers,
         )
 
     def _seed(self, window: Window) -> int:

@@ -80,11 +80,17 @@ class StageSettings(Section):
     max_queued_windows: int = Field(256, ge=1, description="windows a replica holds waiting before it refuses more")
 
 
-class FeaturesSettings(StageSettings):
+class BatchStageSettings(StageSettings):
+    ring_windows: int = Field(
+        64, ge=1, description="results that wait in GPU memory for a replica of the next stage on the same GPU"
+    )
+
+
+class FeaturesSettings(BatchStageSettings):
     budget_samples: int = Field(16 * WINDOW_SAMPLES, ge=WINDOW_SAMPLES, description="audio in one batch")
 
 
-class EncoderSettings(StageSettings):
+class EncoderSettings(BatchStageSettings):
     budget_windows: int = Field(
         4, ge=1, description="windows in one batch: each is 1,500 positions whatever its speech"
     )

@@ -45,7 +45,7 @@ def measure(model: str) -> list[Row]:
 
 
 def _median_ms(run: Callable[[], object], repeats: int) -> float:
-    times = []
+    times: list[float] = []
     for _ in range(3 + repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

@@ -23,7 +23,7 @@ def graph_milliseconds(runs: Sequence[Callable[[], object]], *, repeats: int = 2
     with torch.cuda.graph(graph):
         for run in runs:
             run()
-    times = []
+    times: list[float] = []
     for _ in range(3 + repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()

@@ -106,7 +106,7 @@ def _weights() -> dict[str, Tensor]:
     path = Path(spec.submodule_search_locations[0]) / "data" / "silero_vad.jit"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, which is only read here
-        script = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        script = torch.jit.load(str(path), map_location="cpu")
     theirs: dict[str, Tensor] = script.state_dict()
     names: dict[str, str] = {}
     for parameter in ("weight", "bias"):

@@ -23,7 +23,7 @@ import ray.exceptions
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.batching.live import LIVE_REPLICAS, deployment_key
-from serve_app.batching.messages import Done, Event, Failed, Refused, StageCall, StageWindow, Started
+from serve_app.batching.messages import Done, Event, Failed, InputLost, Refused, StageCall, StageWindow, Started
 from serve_app.batching.planner import PATIENCE_S
 from serve_app.errors import DeadlineExceeded, TranscriptionFailed
 
@@ -53,6 +53,7 @@ class _Replica:
 
     holds: dict[str, _Pending] = field(default_factory=dict)
     closed_until: float = 0.0
+    gpu: str | None = None
 
 
 class BatchingHandle:
@@ -64,6 +65,7 @@ class BatchingHandle:
     def __init__(self, handle: DeploymentHandle[Any], *, credit: int):
         self._process = handle.options(method_name="process", stream=True)
         self._cancel = handle.options(method_name="cancel")
+        self._gpu = handle.options(method_name="gpu")
         self._key = deployment_key(handle.app_name, handle.deployment_name)
         self._stage = handle.deployment_name
         self._credit = credit
@@ -72,7 +74,7 @@ class BatchingHandle:
         self._tasks: set[asyncio.Task[None]] = set()
         self._to_cancel: defaultdict[str, list[str]] = defaultdict(list)
         self._loop = asyncio.get_running_loop()
-        # the two handles above share one router, which hears of replicas from now on
+        # the handles above share one router, which hears of replicas from now on
         LIVE_REPLICAS.listen(self._key, self._on_replicas_changed)
 
     @property
@@ -84,6 +86,12 @@ class BatchingHandle:
     def waiting(self) -> int:
         """Windows that wait here for credit."""
         return len(self._waiting)
+
+    @property
+    def gpus(self) -> frozenset[str]:
+        """GPUs on which the stage has replicas, as far as they have told."""
+        live = LIVE_REPLICAS.of(self._key)
+        return frozenset(r.gpu for replica_id, r in self._replicas.items() if r.gpu is not None and replica_id in live)
 
     async def call(self, window: StageWindow) -> Any:
         """Runs the window on the stage and returns its result.
@@ -138,32 +146,48 @@ class BatchingHandle:
         live = LIVE_REPLICAS.of(self._key)
         for gone in [r for r, replica in self._replicas.items() if r not in live and not replica.holds]:
             del self._replicas[gone]
+        for new in live - self._replicas.keys():
+            self._spawn(self._ask_gpu(new))
         self._dispatch()
 
+    async def _ask_gpu(self, replica_id: str) -> None:
+        replica = self._replicas[replica_id]
+        try:
+            replica.gpu = await self._gpu.remote(replica=replica_id)
+        except Exception:
+            logger.info("%s replica %s died before it told its GPU", self._stage, replica_id, exc_info=True)
+
     def _dispatch(self) -> None:
-        """Sends waiting windows, most urgent first, to the replicas with the most credit."""
-        self._waiting.sort(key=lambda p: p.due)
-        while self._waiting:
-            replica_id = self._most_credit()
+        """Sends waiting windows, most urgent first, each to the replica with the most credit that can take it."""
+        batches: defaultdict[str, list[_Pending]] = defaultdict(list)
+        left: list[_Pending] = []
+        for pending in sorted(self._waiting, key=lambda p: p.due):
+            gpu = pending.window.gpu
+            if gpu is not None and gpu not in self.gpus:
+                if not pending.result.done():
+                    lost = f"no replica of the {self._stage} stage is left on the GPU"
+                    pending.result.set_exception(InputLost(lost))
+                continue
+            replica_id = self._most_credit(gpu)
             if replica_id is None:
-                return
-            replica = self._replicas[replica_id]
-            if self._waiting[0].window.alone:
-                batch = [self._waiting.pop(0)]
+                left.append(pending)
+                continue
+            pending.attempts += 1
+            pending.running = False
+            self._replicas[replica_id].holds[pending.window.window_id] = pending
+            if pending.window.alone:
+                self._spawn(self._run(replica_id, [pending]))
             else:
-                room = self._credit - len(replica.holds)
-                batch = [p for p in self._waiting if not p.window.alone][:room]
-                self._waiting = [p for p in self._waiting if p not in batch]
-            for pending in batch:
-                pending.attempts += 1
-                pending.running = False
-                replica.holds[pending.window.window_id] = pending
+                batches[replica_id].append(pending)
+        self._waiting = left
+        for replica_id, batch in batches.items():
             self._spawn(self._run(replica_id, batch))
 
-    def _most_credit(self) -> str | None:
+    def _most_credit(self, gpu: str | None) -> str | None:
+        """The replica, on that GPU if it matters, with the most credit, if it has any."""
         now = time.time()
         live = LIVE_REPLICAS.of(self._key)
-        usable = [r for r in live if self._replicas[r].closed_until <= now]
+        usable = [r for r in live if self._replicas[r].closed_until <= now and gpu in (None, self._replicas[r].gpu)]
         best = min(usable, key=lambda r: len(self._replicas[r].holds), default=None)
         if best is None or len(self._replicas[best].holds) >= self._credit:
             return None

@@ -14,7 +14,8 @@ class StageWindow:
 
     window_id: unique among all windows under way. input: descriptor of the tensor that the stage works on
     (``stages.transport``). cost: in the stage's own unit. deadline: seconds since the epoch, since it crosses machines.
-    options: how to decode, for the decoder. alone: share no batch.
+    options: how to decode, for the decoder. alone: share no batch. gpu: the GPU in whose memory the input lies; only
+    replicas there can take it. consumers: GPUs on which the next stage has replicas.
     """
 
     window_id: str
@@ -24,6 +25,8 @@ class StageWindow:
     priority: Priority = "normal"
     options: DecodeOptions | None = None
     alone: bool = False
+    gpu: str | None = None
+    consumers: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.encoder_attention import encoder_attention
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.layers import Mlp, Weights
 from serve_app.engine.precision import Compute
@@ -18,6 +19,7 @@ from serve_app.engine.precision import Compute
 class EncoderBlock:
     def __init__(self, weights: Weights, n_head: int):
         self.n_head = n_head
+        self._has_kernels = weights.compute.has_kernels
         self.attention_norm = weights.norm("attn_ln")
         self.qkv = weights.at("attn").fused_qkv()
         self.out = weights.linear("attn.out")
@@ -27,6 +29,8 @@ class EncoderBlock:
     def attention(self, x: Tensor) -> Tensor:
         batch, positions, width = x.shape
         qkv = self.qkv(x).view(batch, positions, 3, self.n_head, width // self.n_head)
+        if self._has_kernels:
+            return encoder_attention(qkv, self.n_head)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value)
         return mixed.transpose(1, 2).reshape(batch, positions, width)

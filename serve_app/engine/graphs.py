@@ -28,7 +28,7 @@ class StepGraphs:
         pool = None
         for size in sorted(sizes, reverse=True):  # the largest first, so that the others find room in its memory
             # libraries choose and load their kernels in a run outside of the capture
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 step(size)

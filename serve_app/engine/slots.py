@@ -160,7 +160,7 @@ class SlotDecoder:
         if self._on_gpu:
             host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
             states = host.copy_(states, non_blocking=True)
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived = torch.cuda.Event()
             arrived.record()
         return _Report([(slot, slot.attempt) for slot in self._slots], states, arrived)
 

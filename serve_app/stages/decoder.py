@@ -10,9 +10,9 @@ from serve_app.engine.fallback import DecodedWindow
 from serve_app.engine.precision import Compute
 from serve_app.engine.slots import SlotDecoder, SlotTask
 from serve_app.settings import Settings
-from serve_app.stages.replica import Array, Entry, StageReplica, logger
+from serve_app.stages.replica import Entry, StageReplica, logger
 from serve_app.stages.threads import use_threads
-from serve_app.stages.transport import as_tensor
+from serve_app.stages.transport import Input, received_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,12 @@ class DecoderStage(StageReplica):
     """Replica of the decoder stage: a finished window's slot is taken by the next one between two steps."""
 
     def __init__(self, settings: Settings):
-        super().__init__(settings.decoder)
+        compute = Compute.resolve(settings.model.device, settings.model.compute)
+        super().__init__(settings.decoder, compute.device)
         use_threads(settings.decoder.threads)
         checkpoint = load(settings.model.source)
         self._info = ModelInfo(checkpoint.name, checkpoint.dims)
-        self._slots = SlotDecoder(
-            checkpoint, Compute.resolve(settings.model.device, settings.model.compute), settings.decoder.slots
-        )
+        self._slots = SlotDecoder(checkpoint, compute, settings.decoder.slots)
 
     async def describe(self, *, replica: str | None = None) -> ModelInfo:
         return self._info
@@ -69,9 +68,9 @@ class DecoderStage(StageReplica):
         if not planned or (planned[0].alone and self._slots.active):
             return
         taken = await self._take(planned)
-        await self._run(self._slots.admit, [_task(entry, array) for entry, array in taken])
+        await self._run(self._slots.admit, [_task(entry, state) for entry, state in taken])
 
 
-def _task(entry: Entry, array: Array) -> SlotTask:
+def _task(entry: Entry, state: Input) -> SlotTask:
     assert entry.window.options is not None
-    return SlotTask(entry.window.window_id, as_tensor(array), entry.window.options)
+    return SlotTask(entry.window.window_id, received_tensor(state), entry.window.options)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from serve_app.engine.checkpoint import load
 from serve_app.engine.encoder import Encoder
 from serve_app.engine.precision import Compute
 from serve_app.settings import Settings
-from serve_app.stages.replica import Array, BatchStage
+from serve_app.stages.replica import BatchStage
 from serve_app.stages.threads import use_threads
-from serve_app.stages.transport import Descriptor, as_tensor, export
+from serve_app.stages.transport import Exporter, Input, received_tensor
 
 
 class EncoderStage(BatchStage):
     """Replica of the encoder stage."""
 
     def __init__(self, settings: Settings):
-        super().__init__(settings.encoder)
+        compute = Compute.resolve(settings.model.device, settings.model.compute)
+        super().__init__(settings.encoder, compute.device)
         use_threads(settings.encoder.threads)
         self.budget = settings.encoder.budget_windows
-        compute = Compute.resolve(settings.model.device, settings.model.compute)
+        self.export = Exporter(compute.device, settings.encoder.ring_windows)
         self._encoder = Encoder(load(settings.model.source), compute)
 
-    def _batch(self, inputs: list[Array]) -> list[Descriptor]:
-        states = self._encoder(torch.stack([as_tensor(array) for array in inputs]))
-        return [export(state) for state in states]
+    def _batch(self, inputs: list[Input]) -> Tensor:
+        # some may have come through the host
+        log_mel = [received_tensor(features).to(self._encoder.compute.device, non_blocking=True) for features in inputs]
+        return self._encoder(torch.stack(log_mel))

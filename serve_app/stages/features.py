@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import numpy as np
+from torch import Tensor
+
 from serve_app.engine.checkpoint import load
 from serve_app.engine.features import LogMel
 from serve_app.engine.precision import Compute
 from serve_app.settings import Settings
-from serve_app.stages.replica import Array, BatchStage
+from serve_app.stages.replica import BatchStage
 from serve_app.stages.threads import use_threads
-from serve_app.stages.transport import Descriptor, export
+from serve_app.stages.transport import Exporter, Input
 
 
 class FeaturesStage(BatchStage):
     """Replica of the feature stage."""
 
     def __init__(self, settings: Settings):
-        super().__init__(settings.features)
+        compute = Compute.resolve(settings.model.device, settings.model.compute)
+        super().__init__(settings.features, compute.device)
         use_threads(settings.features.threads)
         self.budget = settings.features.budget_samples
-        compute = Compute.resolve(settings.model.device, settings.model.compute)
-        self._log_mel = LogMel(load(settings.model.source).dims.n_mels, compute.device)
+        self.export = Exporter(compute.device, settings.features.ring_windows)
+        self._log_mel = LogMel(load(settings.model.source).dims.n_mels, compute)
 
-    def _batch(self, inputs: list[Array]) -> list[Descriptor]:
-        return [export(features) for features in self._log_mel(inputs)]
+    def _batch(self, inputs: list[Input]) -> Tensor:
+        samples = [samples for samples in inputs if isinstance(samples, np.ndarray)]
+        assert len(samples) == len(inputs)  # they come from a host
+        return self._log_mel(samples)

@@ -8,12 +8,12 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from serve_app.batching.messages import (
     Cancelled,
@@ -29,12 +29,12 @@ from serve_app.batching.messages import (
 from serve_app.batching.planner import Waiting, expired, plan
 from serve_app.errors import DeadlineExceeded
 from serve_app.settings import StageSettings
-from serve_app.stages.transport import Descriptor, receive
+from serve_app.stages.ring import gpu_of
+from serve_app.stages.transport import Input, Receiver
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Array = np.ndarray[Any, Any]
 
 NOTICE_S = 0.05
 """How long a window that runs alone waits between the notice to its caller and its start: should it end this process,
@@ -43,11 +43,13 @@ the caller knows that it was running."""
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """A window that this replica holds, and where its events go."""
+    """A window that this replica holds, its input, on its way since it arrived, and where its events go."""
 
     window: StageWindow
     waiting: Waiting
     events: asyncio.Queue[Event]
+    fetch: asyncio.Task[list[Input | InputLost]]
+    index: int  # of its input in the fetch, which is of all windows of a call
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,10 @@ class Occupancy:
 class StageReplica(ABC):
     """Holds windows from when a call brings them until they are done; subclasses decide what runs when (``_work``)."""
 
-    def __init__(self, stage: StageSettings):
+    def __init__(self, stage: StageSettings, device: torch.device):
         self._settings = stage
+        self._gpu = gpu_of(device)
+        self._receive = Receiver(device)
         self._queue: dict[str, Entry] = {}
         self._running: dict[str, Entry] = {}
         self._arrived = asyncio.Event()
@@ -81,8 +85,9 @@ class StageReplica(ABC):
         events: asyncio.Queue[Event] = asyncio.Queue()
         room = max(0, self._settings.max_queued_windows - len(self._queue))
         accepted, refused = call.windows[:room], call.windows[room:]
-        for window in accepted:
-            self._queue[window.window_id] = Entry(window, _waiting(window), events)
+        fetch = asyncio.create_task(self._receive([window.input for window in accepted]))
+        for index, window in enumerate(accepted):
+            self._queue[window.window_id] = Entry(window, _waiting(window), events, fetch, index)
         self._arrived.set()
         unanswered = {window.window_id for window in accepted}
         try:
@@ -105,6 +110,10 @@ class StageReplica(ABC):
             if entry is not None:
                 entry.events.put_nowait(Failed(window_id, Cancelled()))
 
+    async def gpu(self, *, replica: str | None = None) -> str | None:
+        """UUID of the GPU that the replica computes on; None where it is the CPU."""
+        return self._gpu
+
     async def occupancy(self, *, replica: str | None = None) -> Occupancy:
         return Occupancy(len(self._queue), len(self._running))
 
@@ -126,21 +135,21 @@ class StageReplica(ABC):
             error = DeadlineExceeded("the deadline passed while a window waited for a replica")
             entry.events.put_nowait(Failed(late.window_id, error))
 
-    async def _take(self, planned: Sequence[Waiting]) -> list[tuple[Entry, Array]]:
-        """Takes planned windows from the queue and fetches their inputs; those that cannot be fetched have failed."""
+    async def _take(self, planned: Sequence[Waiting]) -> list[tuple[Entry, Input]]:
+        """Takes planned windows, with their inputs, from the queue; those whose input is lost have failed."""
         entries = [self._queue.pop(w.window_id) for w in planned]
         for entry in entries:
             self._running[entry.window.window_id] = entry
             entry.events.put_nowait(Started([entry.window.window_id]))
         if any(w.alone for w in planned):
             await asyncio.sleep(NOTICE_S)
-        taken: list[tuple[Entry, Array]] = []
-        inputs = await receive([entry.window.input for entry in entries])
-        for entry, array in zip(entries, inputs, strict=True):
-            if isinstance(array, InputLost):
-                self._fail(entry, array)
+        taken: list[tuple[Entry, Input]] = []
+        for entry in entries:
+            received = (await entry.fetch)[entry.index]
+            if isinstance(received, InputLost):
+                self._fail(entry, received)
             elif entry.window.window_id in self._running:  # not cancelled meanwhile
-                taken.append((entry, array))
+                taken.append((entry, received))
         return taken
 
     def _done(self, entry: Entry, result: Any) -> None:
@@ -173,9 +182,16 @@ class BatchStage(StageReplica):
     budget: float
     """What a batch may cost, in the unit of the windows' cost."""
 
+    export: Callable[[Tensor, Sequence[Collection[str]]], list[Any]]
+    """Makes results known to the next stage (``stages.transport.Exporter``)."""
+
     @abstractmethod
-    def _batch(self, inputs: list[Array]) -> list[Descriptor]:
-        """Runs one batch, on the engine's thread."""
+    def _batch(self, inputs: list[Input]) -> Tensor:
+        """Runs one batch, on the engine's thread: [n, …]."""
+
+    def _run_batch(self, taken: list[tuple[Entry, Input]]) -> list[Any]:
+        results = self._batch([received for _, received in taken])
+        return self.export(results, [entry.window.consumers for entry, _ in taken])
 
     async def _work(self) -> None:
         while True:
@@ -185,7 +201,7 @@ class BatchStage(StageReplica):
             if not taken:
                 continue
             try:
-                results = await self._run(self._batch, [array for _, array in taken])
+                results = await self._run(self._run_batch, taken)
             except Exception as error:
                 logger.exception("a batch of %d windows failed", len(taken))
                 for entry, _ in taken:

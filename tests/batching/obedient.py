@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+
+import torch
 
 from serve_app.settings import StageSettings
-from serve_app.stages.replica import Array, BatchStage
+from serve_app.stages.replica import BatchStage
+from serve_app.stages.transport import Input
 
 
 class ObedientStage(BatchStage):
     """Does what the input array says: [seconds] to sleep; -1 ends the process, -2 raises."""
 
     def __init__(self, budget: int = 4, max_queued_windows: int = 256):
-        super().__init__(StageSettings(max_queued_windows=max_queued_windows))
+        super().__init__(StageSettings(max_queued_windows=max_queued_windows), torch.device("cpu"))
         self.budget = budget
+        self.export = lambda results, consumers: [tuple(result) for result in results.tolist()]
 
-    def _batch(self, inputs: list[Array]) -> list[Any]:
+    def _batch(self, inputs: list[Input]) -> torch.Tensor:
         orders = [float(array[0]) for array in inputs]
         if -1.0 in orders:
             os._exit(1)
         if -2.0 in orders:
             raise ValueError("as ordered")
         time.sleep(max(orders))
-        return [(os.getpid(), len(orders)) for _ in orders]  # who did it, and the size of the batch
+        return torch.tensor([(os.getpid(), len(orders)) for _ in orders])  # who did it, and the size of the batch

@@ -34,7 +34,7 @@ def drain(decoder: SlotDecoder) -> dict[str, DecodedWindow]:
 
 @pytest.fixture(scope="module")
 def tiny_states(tiny: Checkpoint, speech: np.ndarray) -> torch.Tensor:
-    return Encoder(tiny, FLOAT32)(LogMel(80)(pieces(speech, 8)))
+    return Encoder(tiny, FLOAT32)(LogMel(80, FLOAT32)(pieces(speech, 8)))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def tiny_expected(reference_tiny: Whisper, tiny_states: torch.Tensor) -> list[De
 
 
 def test_encoder_state_equals_openai_whisper(tiny: Checkpoint, reference_tiny: Whisper, speech: np.ndarray) -> None:
-    mel = LogMel(80)([speech])
+    mel = LogMel(80, FLOAT32)([speech])
     with torch.no_grad():
         expected = reference_tiny.encoder(mel.clone())
     torch.testing.assert_close(Encoder(tiny, FLOAT32)(mel), expected, rtol=1e-3, atol=1e-4)
@@ -119,7 +119,7 @@ def test_prompt_and_timestamp_mode_equal_openai_whisper(
 def test_multilingual_models_detect_the_language(
     task: str, base: Checkpoint, reference_base: Whisper, speech: np.ndarray
 ) -> None:
-    state = Encoder(base, FLOAT32)(LogMel(80)([speech]))
+    state = Encoder(base, FLOAT32)(LogMel(80, FLOAT32)([speech]))
     with torch.no_grad():
         expected = decode(reference_base, state.clone(), DecodingOptions(fp16=False, task=task))[0]
     decoder = SlotDecoder(base, FLOAT32, 2)

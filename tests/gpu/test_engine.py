@@ -36,7 +36,7 @@ def windows() -> list[np.ndarray]:
 
 def tokens(checkpoint: Checkpoint, windows: list[np.ndarray], compute: Compute, slots: int) -> list[list[int]]:
     """What the engine chooses for the windows, entering slots as they come free."""
-    states = Encoder(checkpoint, compute)(LogMel(checkpoint.dims.n_mels, compute.device)(windows))
+    states = Encoder(checkpoint, compute)(LogMel(checkpoint.dims.n_mels, compute)(windows))
     decoder = SlotDecoder(checkpoint, compute, slots)
     waiting = [SlotTask(str(i), state, DecodeOptions(language="en")) for i, state in enumerate(states)]
     done: dict[str, list[int]] = {}
@@ -47,15 +47,17 @@ def tokens(checkpoint: Checkpoint, windows: list[np.ndarray], compute: Compute, 
     return [done[str(i)] for i in range(len(windows))]
 
 
-def test_features_equal_those_of_the_cpu(windows: list[np.ndarray]) -> None:
-    torch.testing.assert_close(LogMel(80, "cuda")(windows).cpu(), LogMel(80)(windows), rtol=0, atol=1e-3)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("float16", 2e-3)])
+def test_features_equal_those_of_the_cpu(dtype: str, tolerance: float, windows: list[np.ndarray]) -> None:
+    computed = LogMel(80, Compute.resolve("cuda", dtype))(windows).cpu().float()
+    torch.testing.assert_close(computed, LogMel(80, Compute.resolve("cpu", "float32"))(windows), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("slots", [1, 8])
 def test_float32_chooses_openai_whispers_tokens(slots: int, tiny: Checkpoint, windows: list[np.ndarray]) -> None:
     compute = Compute.resolve("cuda", "float32")
     model = reference_model(tiny).cuda()
-    mel = LogMel(80, "cuda")(windows)
+    mel = LogMel(80, compute)(windows)
     with torch.no_grad():
         expected = [r.tokens for r in decode(model, mel, DecodingOptions(fp16=False, language="en"))]
     assert tokens(tiny, windows, compute, slots) == expected

@@ -72,7 +72,7 @@ def _layer(name: str, width: int, windows: int, seconds: float) -> Row:
 def _sustained(run: Run, milliseconds: float, seconds: float) -> float:
     """The second half of ``seconds``."""
     times = max(1, int(seconds * 500 / milliseconds))
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(times):
         run()
     begin.record()
