@@ -153,13 +153,15 @@ DEVICE uint4 load_16(const void* pointer) {
 }
 
 // The samples of a whole tile on their way to shared memory.
+// NOTES: zeros otherwise, so that nothing of the tile before has to be kept in registers.
 DEVICE void fetch(uint4 (&v)[ROUNDS], const Tile& tile) {
     const sample_t* from = tile.samples + tile.first();
     const int thread = thread_in_block();
 #pragma unroll
     for (int i = 0; i < ROUNDS; ++i) {
         const int vector = i * THREADS + thread;
-        if (vector < VECTORS) v[i] = load_16(from + vector * VECTOR);
+        v[i] = make_uint4(0, 0, 0, 0);
+        if (tile.whole && vector < VECTORS) v[i] = load_16(from + vector * VECTOR);
     }
 }
 
@@ -458,7 +460,7 @@ log_mel(const sample_t* __restrict__ samples, const long long* __restrict__ offs
     int ticket = *shared_ticket, to_announce = -1;  // to_announce: the window of the tile made before
     Tile tile = tile_of(ticket, windows, samples, offsets, lengths);
     uint4 ahead[ROUNDS];
-    if (tile.whole) fetch(ahead, tile);
+    fetch(ahead, tile);
     __syncthreads();
 
     while (ticket < windows * TILES + lag) {
@@ -479,7 +481,7 @@ log_mel(const sample_t* __restrict__ samples, const long long* __restrict__ offs
 
         next = *shared_ticket;
         tile = tile_of(next, windows, samples, offsets, lengths);
-        if (tile.whole) fetch(ahead, tile);
+        fetch(ahead, tile);
         const int lifted = ticket - lag, lifted_window = lifted / TILES, lifted_tile = lifted % TILES;
         if (lifted >= 0 && thread_in_block() == 0) {
             const int sounding = tiles_with_sound(__ldg(&lengths[lifted_window]));
