@@ -47,7 +47,9 @@ def gpu_of(device: torch.device) -> str | None:
 class Ring:
     """The sender's end: slots for tensors of one shape. For one thread."""
 
-    def __init__(self, slots: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, slots: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, lease_s: float = LEASE_S
+    ):
         runtime = _runtime()
         self._shape, self._dtype = tuple(shape), dtype
         gpu = gpu_of(device)
@@ -64,7 +66,7 @@ class Ring:
             event.record()  # a handle is of an event that has been recorded
         public = ctypes.string_at(handle.getPtr(), HANDLE_BYTES)
         public += b"".join(event.ipc_handle() for event in self._events)
-        self._board = Board(slots, public, LEASE_S)
+        self._board = Board(slots, public, lease_s)
 
     def put(self, tensor: Tensor, *, patience_s: float) -> RingDescriptor | None:
         """Copies a tensor into a free slot, in the current stream's order. Waits up to patience_s for one to be free;

@@ -1,0 +1,125 @@
+"""Tensors from one process to another on one GPU, and the deaths of either."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+
+import pytest
+import torch
+from torch import Tensor
+
+from serve_app.batching.messages import InputLost
+from serve_app.stages.ring import Ring, RingDescriptor, RingReader
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+SHAPE = (1500, 1280)
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def content(number: int) -> Tensor:
+    """A tensor that shows where it is mixed with another."""
+    return torch.full(SHAPE, float(number % 1000), device="cuda", dtype=torch.float16)
+
+
+def send(connection: Connection, slots: int, lease_s: float) -> None:
+    """Puts one tensor after the other into a ring and sends (number, descriptor), until the other end is closed."""
+    ring = Ring(slots, SHAPE, torch.float16, torch.device("cuda"), lease_s=lease_s)
+    for number in itertools.count():
+        descriptor = ring.put(content(number), patience_s=10.0)
+        assert descriptor is not None
+        connection.send((number, descriptor))
+
+
+@pytest.fixture
+def sender() -> Iterator[tuple[SpawnProcess, Connection]]:
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=send, args=(theirs, 8, 60.0), daemon=True)
+    process.start()
+    theirs.close()
+    yield process, ours
+    process.kill()
+    process.join()
+
+
+def test_what_is_read_is_what_was_put(sender: tuple[SpawnProcess, Connection]) -> None:
+    _, connection = sender
+    reader = RingReader(torch.device("cuda"))
+    for _ in range(50):  # the ring comes round several times
+        batch: list[tuple[int, RingDescriptor]] = [connection.recv() for _ in range(4)]
+        read = reader.read([descriptor for _, descriptor in batch])
+        for (number, _), tensor in zip(batch, read, strict=True):
+            assert isinstance(tensor, Tensor)
+            assert torch.equal(tensor, content(number))
+
+
+def test_a_sender_killed_in_mid_copy_harms_nobody(sender: tuple[SpawnProcess, Connection]) -> None:
+    process, connection = sender
+    reader = RingReader(torch.device("cuda"))
+    number, descriptor = connection.recv()
+    assert isinstance(reader.read([descriptor])[0], Tensor)
+    time.sleep(random.uniform(0.0, 0.05))
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    while True:
+        try:
+            number, descriptor = connection.recv()
+        except (EOFError, OSError):
+            break
+        (read,) = reader.read([descriptor])
+        # NOTES: the copy of what was put last may have died with its sender: the event that the reader waits for was
+        # recorded behind it, so that it is lost or whole, never half
+        assert isinstance(read, InputLost) or torch.equal(read, content(number))
+    process.join()
+    # the GPU still computes, and another sender's ring is served
+    assert float((torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")).sum()) == 64**3
+    ours, theirs = SPAWN.Pipe()
+    other = SPAWN.Process(target=send, args=(theirs, 2, 60.0), daemon=True)
+    other.start()
+    number, descriptor = ours.recv()
+    (read,) = reader.read([descriptor])
+    other.kill()
+    other.join()
+    assert isinstance(read, Tensor)
+    assert torch.equal(read, content(number))
+
+
+def receive_and_die(descriptors: list[RingDescriptor], ready: Connection, taken: int) -> None:
+    """Takes some of what is offered, and is killed in the middle of taking more."""
+    reader = RingReader(torch.device("cuda"))
+    reader.read(descriptors[:taken])
+    ready.send(True)
+    while True:
+        reader.read(descriptors)
+
+
+def test_of_a_hundred_receivers_killed_none_costs_a_slot_for_ever() -> None:
+    slots, together = 16, 10
+    ring = Ring(slots, SHAPE, torch.float16, torch.device("cuda"), lease_s=5.0)
+    for round_number in range(100 // together):
+        descriptors = [ring.put(content(i), patience_s=20.0) for i in range(slots)]
+        assert None not in descriptors, f"a slot was lost before round {round_number}"
+        processes = []
+        for receiver in range(together):
+            ours, theirs = SPAWN.Pipe()
+            offered = descriptors[receiver::together]
+            process = SPAWN.Process(target=receive_and_die, args=(offered, theirs, receiver % 2), daemon=True)
+            process.start()
+            processes.append((process, ours))
+        for process, ours in processes:
+            assert ours.recv()
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+    assert all(ring.put(content(i), patience_s=20.0) is not None for i in range(slots))
