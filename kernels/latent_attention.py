@@ -20,6 +20,9 @@ POSITIONS = 1500
 GROUP = 64
 """Columns that share a scale where the state is in bytes."""
 
+FEW = 8
+"""Windows that are put together by many small blocks, as there are many parts of each."""
+
 HEADS = {384: 6, 512: 8, 768: 12, 1024: 16, 1280: 20}
 """Whisper's widths, and how many heads each has."""
 
@@ -139,9 +142,10 @@ class LatentAttention:
             ctypes.c_float(log2(torch.e) / 8),
         )
         if windows % blocks:  # else every block holds whole windows
+            threads = 32 if windows < FEW else self.width // 4
             self._combine(
-                (windows, self.heads),
-                self.width // 4,
+                (windows, self.heads, self.width // 4 // threads),
+                threads,
                 self._partial_out,
                 self._partial_sums,
                 out,

@@ -32,7 +32,8 @@ class SelfAttention:
 
     def __call__(self, qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         """qkv: [n, 3 · width] FP16; keys, values: [n, n_ctx, width] FP16, the same slots' caches, to which the new
-        positions are added; positions: [n] int32, of the new tokens, any stride → [n, width]."""
+        positions are added; positions: [n] int32, of the new tokens, any stride; one
+        behind the last counts as the last → [n, width]."""
         n, n_ctx = len(qkv), keys.shape[1]
         if qkv.shape != (n, 3 * self.width) or not qkv.is_contiguous() or qkv.dtype != torch.float16:
             raise ValueError(f"qkv must be FP16 [n, {3 * self.width}], got {qkv.dtype} {list(qkv.shape)}")
@@ -50,6 +51,7 @@ class SelfAttention:
 def reference(qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     """The same in plain PyTorch, in any precision."""
     n, width = len(qkv), keys.shape[2]
+    positions = positions.clamp(max=keys.shape[1] - 1)
     query, key, value = qkv.chunk(3, dim=-1)
     where = torch.arange(n, device=qkv.device), positions.long()
     keys.index_put_(where, key)

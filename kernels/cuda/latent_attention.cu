@@ -217,23 +217,36 @@ latent_attention(const char* states, const half_t* scales, const half_t* queries
         }
         __syncthreads();
 
+        // a warp's heads side by side, as each is a chain of waits; heads that the model does not have repeat the last
         bool grown = false;
+        float score[OWN_HEADS];
+#pragma unroll
+        for (int j = 0; j < OWN_HEADS; j++) {
+            const int head = min(warp + j * WARPS, HEADS - 1);
+            score[j] = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++)
+                score[j] += all_scores[(w * PADDED_HEADS + head) * SCORE_PITCH + lane % KEYS];
+            score[j] = lane < KEYS && tile.first + lane < POSITIONS ? score[j] * scale_log2 : -infinity();
+        }
+        float most[OWN_HEADS];
+#pragma unroll
+        for (int j = 0; j < OWN_HEADS; j++) most[j] = score[j];
+#pragma unroll
+        for (int offset = 16; offset; offset /= 2)
+#pragma unroll
+            for (int j = 0; j < OWN_HEADS; j++) most[j] = fmaxf(most[j], __shfl_xor_sync(ALL_LANES, most[j], offset));
 #pragma unroll
         for (int j = 0; j < OWN_HEADS; j++) {
             const int head = warp + j * WARPS;
-            if (head >= HEADS) continue;
-            float score = 0.0f;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) score += all_scores[(w * PADDED_HEADS + head) * SCORE_PITCH + lane % KEYS];
-            score = lane < KEYS && tile.first + lane < POSITIONS ? score * scale_log2 : -infinity();
             const float before = maximum[j];
-            maximum[j] = fmaxf(before, warp_max(score));
+            maximum[j] = fmaxf(before, most[j]);
             grown |= maximum[j] > before;
             const float rescale = exp2_approximate(before - maximum[j]);
-            const half_t weight = to_half(exp2_approximate(score - maximum[j]));
+            const half_t weight = to_half(exp2_approximate(score[j] - maximum[j]));
             sum[j] = sum[j] * rescale + to_float(weight);
-            if (lane < KEYS) weights[head * WEIGHT_PITCH + lane] = weight;
-            if (lane == 0) rescales[head] = rescale;
+            if (lane < KEYS && head < HEADS) weights[head * WEIGHT_PITCH + lane] = weight;
+            if (lane == 0 && head < HEADS) rescales[head] = rescale;
         }
         if (__syncthreads_or(grown)) {
 #pragma unroll
@@ -312,11 +325,10 @@ latent_attention(const char* states, const half_t* scales, const half_t* queries
     }
 }
 
-constexpr int COMBINE_THREADS = WIDTH / 4;
 constexpr int MOST_BLOCKS = TILES + 1;  // that share a window
 
-// Puts together the windows that several blocks share. Grid: windows × heads.
-extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
+// Puts together the windows that several blocks share. Grid: windows × heads × parts of the width, a thread four columns.
+extern "C" __global__ void __launch_bounds__(WIDTH / 4)
 latent_attention_combine(const half_t* partial_out, const float2* partial_sums, half_t* out, int windows, int blocks,
                          int window_stride, int head_stride) {
     const int window = blockIdx.x, head = blockIdx.y;
@@ -345,7 +357,7 @@ latent_attention_combine(const half_t* partial_out, const float2* partial_sums, 
         for (int block = first + threadIdx.x; block <= last; block += 32) shares[block - first] /= sum;
     }
     __syncthreads();
-    const int i = threadIdx.x * 4;
+    const int i = (blockIdx.z * blockDim.x + threadIdx.x) * 4;
     float2 left = make_float2(0.0f, 0.0f), right = left;
 #pragma unroll 8
     for (int block = first; block <= last; block++) {

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import latent_attention, self_attention
+from kernels import embedding, latent_attention, self_attention
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.layers import Linear, Mlp, Weights
 from serve_app.engine.precision import Compute
@@ -120,6 +120,7 @@ class Decoder:
         weights = Weights(checkpoint.tensors, compute, "decoder.")
         self.embedding = weights.product("token_embedding.weight")
         self.positions = weights.exact("positional_embedding")
+        self._embed = embedding.embed if compute.has_kernels else embedding.reference
         shape = dims.n_text_layer, 2, slots, dims.n_text_ctx, dims.n_text_state
         self.caches = torch.zeros(shape, device=compute.device, dtype=compute.dtype)
         self.blocks = [
@@ -159,11 +160,10 @@ class Decoder:
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens: [n] int32, one for each of the first n slots, at positions: [n] int32; the positions before must have
         been computed → float32 logits [n, n_vocab]."""
-        at = positions.clamp(max=self.dims.n_text_ctx - 1)  # a slot that is full takes part until it is released
-        residual = self.embedding[tokens].float() + self.positions[at]
+        residual = self._embed(self.embedding, self.positions, tokens, positions)
         states, y = self.states[: len(tokens)], None
         for block in self.blocks:
-            y = block.step(residual, y, states, at)
+            y = block.step(residual, y, states, positions)
         return self._logits(self.norm(residual, y))
 
     def _logits(self, x: Tensor) -> Tensor:
