@@ -2,27 +2,21 @@
 
 A cubin is named by everything that decides what is in it: the source with the headers it includes, the definitions,
 the options, the architecture and the compiler's version. So a cache never goes stale, many machines may share one, and
-an image can bring it filled (``whisper-serve kernels build``).
+an image can bring it filled (``whisper-serve kernels build``). The compiler's log lies beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import io
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 SOURCES = Path(__file__).parent / "cuda"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100")
@@ -32,8 +26,6 @@ OPTIONS = {"std": "c++17", "lineinfo": True, "ptxas_options": ["-v"]}
 """NOTES: no fast mathematics for all; where an approximation is good enough the source names its instruction."""
 
 CACHE_VARIABLE = "WHISPER_SERVE_KERNEL_CACHE"
-
-Definitions = Mapping[str, int | str]
 
 
 class CompileError(RuntimeError):
@@ -109,24 +101,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whisper-serve" / "kernels"
 
 
-def compile_cubin(build: Build, architecture: str) -> bytes:
-    """A build's machine code, from the cache or from the compiler; CompileError where it does not compile."""
+def compile_cubin(build: Build, architecture: str, folder: Path | None = None) -> bytes:
+    """A build's machine code, from the cache (``cache_folder`` if no other is given) or from the compiler; CompileError
+    where it does not compile."""
+    return _compiled(build, architecture, folder, ".cubin")
+
+
+def is_compiled(build: Build, architecture: str, folder: Path | None = None) -> bool:
+    """Whether the cache has its machine code."""
     text = text_with_headers(SOURCES / build.source)
-    key = _key(text, build, architecture)
-    path = cache_folder() / f"{Path(build.source).stem}-{architecture}-{key}.cubin"
-    with contextlib.suppress(OSError):
-        return path.read_bytes()
-    with _only_one(path):
-        with contextlib.suppress(OSError):  # another process has made it while this one waited
-            return path.read_bytes()
-        cubin, _ = _compile(text, build, architecture)
-        _store(path, cubin)
-    return cubin
+    return _path(text, build, architecture, folder).with_suffix(".cubin").is_file()
 
 
-def resources(build: Build, architecture: str) -> dict[str, Resources]:
-    """Compiles anew, and reports what each kernel of the build uses."""
-    _, log = _compile(text_with_headers(SOURCES / build.source), build, architecture)
+def resources(build: Build, architecture: str, folder: Path | None = None) -> dict[str, Resources]:
+    """What the kernels of a build use, by their names; it comes from the cache as ``compile_cubin`` does."""
+    log = _compiled(build, architecture, folder, ".log").decode()
     pattern = re.compile(
         r"Compiling entry function '(?P<name>\w+)'"
         r".*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
@@ -142,12 +131,29 @@ def resources(build: Build, architecture: str) -> dict[str, Resources]:
     return found
 
 
-def _key(text: str, build: Build, architecture: str) -> str:
+def _compiled(build: Build, architecture: str, folder: Path | None, suffix: str) -> bytes:
+    text = text_with_headers(SOURCES / build.source)
+    path = _path(text, build, architecture, folder)
+    with contextlib.suppress(OSError):
+        return path.with_suffix(suffix).read_bytes()
+    with _only_one(path):
+        with contextlib.suppress(OSError):  # another process has made it while this one waited
+            return path.with_suffix(suffix).read_bytes()
+        made = _compile(text, build, architecture)
+        for kind, content in made.items():
+            _store(path.with_suffix(kind), content)
+    return made[suffix]
+
+
+def _path(text: str, build: Build, architecture: str, folder: Path | None) -> Path:
+    """Without a suffix."""
     parts = [text, repr(build.definitions), repr(OPTIONS), architecture, compiler_version()]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    return (folder or cache_folder()) / f"{Path(build.source).stem}-{architecture}-{key}"
 
 
-def _compile(text: str, build: Build, architecture: str) -> tuple[bytes, str]:
+def _compile(text: str, build: Build, architecture: str) -> dict[str, bytes]:
+    """The log and the machine code, by their suffixes, in the order in which they are to be stored."""
     from cuda.core import Program, ProgramOptions
 
     compiler_version()  # says clearly where the compiler is missing
@@ -162,7 +168,7 @@ def _compile(text: str, build: Build, architecture: str) -> tuple[bytes, str]:
         code = Program(text, "c++", options).compile("cubin", logs=log)
     except Exception as error:  # cuda-python's own exception types differ between versions
         raise CompileError(f"{build} does not compile for {architecture}:\n{error}") from error
-    return bytes(code.code), log.getvalue()
+    return {".log": log.getvalue().encode(), ".cubin": bytes(code.code)}
 
 
 @contextlib.contextmanager
@@ -171,7 +177,7 @@ def _only_one(path: Path) -> Iterator[None]:
     reason to stop: each then compiles for itself."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = (path.parent / f".{path.stem}.lock").open("w")
+        lock = (path.parent / f".{path.name}.lock").open("w")
     except OSError:
         yield
         return
@@ -180,141 +186,15 @@ def _only_one(path: Path) -> Iterator[None]:
         yield
 
 
-def _store(path: Path, cubin: bytes) -> None:
+def _store(path: Path, content: bytes) -> None:
     """Writes beside, then renames: who reads sees all of it or nothing."""
     with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         try:
-            file.write(cubin)
+            file.write(content)
             file.flush()
+            os.fchmod(file.fileno(), 0o644)  # an image is filled by one user and read by another
             os.fsync(file.fileno())
             Path(file.name).rename(path)
         except OSError:
             Path(file.name).unlink(missing_ok=True)
             raise
-
-
-def architecture_of(device: torch.device) -> str:
-    """The architecture to compile for: Hopper's own instructions need its name with an ``a``."""
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < (8, 0):
-        raise CompileError(
-            f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}; the kernels need sm_80 or newer"
-        )
-    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
-
-
-@cache
-def _load(build: Build, index: int) -> Any:
-    """A build's machine code on GPU ``index``."""
-    from cuda.core import Device, ObjectCode
-
-    Device(index).set_current()  # PyTorch's own context
-    cubin = compile_cubin(build, architecture_of(torch.device("cuda", index)))
-    return ObjectCode.from_cubin(cubin, name=build.source)
-
-
-class Kernel:
-    """One kernel of a build, ready to launch.
-
-    Calling it launches on PyTorch's current stream, so that it can be captured in a CUDA Graph. Arguments: tensors
-    pass their address, ``None`` a null pointer, everything else must be a ctypes value, whose type has to be the
-    parameter's: nothing checks that.
-    """
-
-    def __init__(self, build: Build, name: str, device: torch.device, *, shared_bytes: int = 0):
-        """shared_bytes: dynamic shared memory of each block."""
-        from cuda.bindings import driver
-        from cuda.core import Device
-
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self._kernel = _load(build, index).get_kernel(name)
-        self._shared_bytes = shared_bytes
-        if shared_bytes > 48 * 1024:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            handle = driver.CUkernel(int(self._kernel.handle))
-            (error,) = driver.cuKernelSetAttribute(attribute, shared_bytes, handle, Device(index).device_id)
-            if error != driver.CUresult.CUDA_SUCCESS:
-                raise RuntimeError(f"{build}: {shared_bytes} bytes of shared memory a block are refused: {error.name}")
-
-    def __call__(
-        self,
-        grid: int | tuple[int, ...],
-        block: int | tuple[int, ...],
-        *arguments: Any,
-        cluster: int | tuple[int, ...] | None = None,
-    ) -> None:
-        """grid: in blocks, or in clusters where ``cluster`` gives the blocks of one."""
-        from cuda.core import launch
-
-        stream = torch.cuda.current_stream().cuda_stream
-        launch(
-            _stream(stream), _config(grid, block, cluster, self._shared_bytes), self._kernel, *map(_value, arguments)
-        )
-
-
-@cache
-def _stream(handle: int) -> Any:
-    from cuda.core import Stream
-
-    return Stream.from_handle(handle)
-
-
-@cache
-def _config(grid: Any, block: Any, cluster: Any, shared_bytes: int) -> Any:
-    from cuda.core import LaunchConfig
-
-    return LaunchConfig(grid=grid, block=block, cluster=cluster, shmem_size=shared_bytes)
-
-
-def _value(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    if argument is None:
-        return 0
-    if isinstance(argument, ctypes._SimpleCData):
-        return argument
-    if type(argument).__name__ == "TensorMapDescriptor":  # from tensor_map; a __grid_constant__ TensorMap parameter
-        return argument
-    raise TypeError(f"a kernel takes tensors, None and ctypes values, not {type(argument).__name__}")
-
-
-def builds(sequence: Sequence[Build], architecture: str) -> list[Build]:
-    """Those that are made for this architecture."""
-    return [b for b in sequence if architecture in b.architectures]
-
-
-class _Memory:
-    """An address with a shape, for cuda-python: it does not keep the memory, as a tensor would."""
-
-    def __init__(self, address: int, shape: tuple[int, ...], kind: str):
-        self.__cuda_array_interface__ = {"version": 3, "typestr": kind, "shape": shape, "data": (address, False)}
-
-
-@lru_cache(maxsize=4096)
-def _tensor_map(address: int, shape: tuple[int, ...], box: tuple[int, ...], index: int, kind: str) -> Any:
-    from cuda.core import Device
-    from cuda.core.utils import StridedMemoryView
-
-    Device(index).set_current()
-    view = StridedMemoryView.from_cuda_array_interface(_Memory(address, shape, kind), stream_ptr=-1)
-    swizzle, promotion = _tensor_map_enums()
-    return view.as_tensor_map(box_dim=box, swizzle=swizzle, l2_promotion=promotion)
-
-
-def _tensor_map_enums() -> tuple[Any, Any]:
-    from cuda.core import _tensor_map as enums  # NOTES: 1.2 takes these enumerations and exports them nowhere else
-
-    return enums.TensorMapSwizzle.SWIZZLE_128B, enums.TensorMapL2Promotion.L2_128B
-
-
-def tensor_map(tensor: Tensor, box: tuple[int, ...], shape: tuple[int, ...] | None = None) -> Any:
-    """What Hopper's copy engine needs to know of a contiguous FP16 or FP32 tensor; an argument for a ``Kernel``.
-
-    box: what one copy moves, outermost first as in ``shape`` (by default the tensor's own; at most 5 dimensions); its
-    innermost extent is one 128-byte row (64 or 32 elements), stored with the 128-byte swizzle. What lies outside of the
-    tensor is read as zeros and not written. Maps are kept by address and shape, which decide all that is in them, so a
-    replay of a CUDA Graph, which finds its tensors where they were, finds its maps right too.
-    """
-    index = torch.cuda.current_device() if tensor.device.index is None else tensor.device.index
-    kind = {torch.float16: "<f2", torch.float32: "<f4"}[tensor.dtype]
-    return _tensor_map(tensor.data_ptr(), tuple(tensor.shape if shape is None else shape), box, index, kind)

@@ -8,7 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.compile import Build, Kernel, build
+from kernels.compile import Build, build
+from kernels.launch import Kernel
 
 WIDTHS = (384, 512, 768, 1024, 1280)
 """Whisper's."""
@@ -24,9 +25,9 @@ def _kernel(width: int, device: torch.device) -> Kernel:
 
 
 def embed(token_table: Tensor, position_table: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-    """token_table: [n_vocab, d] float16; position_table: [n_ctx, d] float32; tokens, positions: [n] int32, any stride, on
-    one GPU → [n, d] float32. A position behind the last counts as the last: a slot whose context is full takes part in
-    steps until it is released."""
+    """token_table: [n_vocab, d] float16; position_table: [n_ctx, d] float32; tokens, positions: [n] int32, any stride,
+    on one GPU → [n, d] float32. A position behind the last counts as the last: a slot whose context is full takes part
+    in steps until it is released."""
     n_ctx, width = position_table.shape
     if width not in WIDTHS:
         raise ValueError(f"Whisper models are {', '.join(map(str, WIDTHS))} wide, not {width}")

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.compile import Build, Kernel, build, tensor_map
+from kernels.compile import Build, build
+from kernels.launch import Kernel, tensor_map
 
 WIDTH = 64
 """Of a head; the same in every Whisper model."""

@@ -8,7 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.compile import Build, Kernel, build
+from kernels.compile import Build, build
+from kernels.launch import Kernel
 
 THREADS = 256
 BUILDS: tuple[Build, ...] = (build("gelu.cu"),)

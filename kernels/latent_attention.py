@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.compile import Build, Kernel, build
+from kernels.compile import Build, build
+from kernels.launch import Kernel
 
 POSITIONS = 1500
 GROUP = 64

@@ -8,7 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.compile import Build, Kernel, build
+from kernels.compile import Build, build
+from kernels.launch import Kernel
 
 WIDTHS = (384, 512, 768, 1024, 1280)
 """Whisper's."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.compile import Build, Kernel, build, tensor_map
+from kernels.compile import Build, build
+from kernels.launch import Kernel, tensor_map
 
 ARCHITECTURE = "sm_90a"
 THREADS = 3 * 128

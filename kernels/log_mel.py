@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.compile import Build, Kernel, build
+from kernels.compile import Build, build
+from kernels.launch import Kernel
 
 SAMPLE_RATE = 16_000
 N_FFT = 400

@@ -15,7 +15,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from kernels.compile import Kernel, build
+from kernels.compile import build
+from kernels.launch import Kernel
 
 MOST_STARTS = 4  # tokens of the longest start sequence
 MOST_PARTS = 32

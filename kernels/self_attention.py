@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.compile import Build, Kernel, build
+from kernels.compile import Build, build
+from kernels.launch import Kernel
 
 HEAD = 64  # numbers of a head, in every Whisper
 WIDTHS = (384, 512, 768, 1024, 1280)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kernels import compile as compiling
-from kernels.compile import ARCHITECTURES, CACHE_VARIABLE, CompileError, build, compile_cubin, resources
+from kernels.compile import ARCHITECTURES, CACHE_VARIABLE, CompileError, build, compile_cubin, is_compiled, resources
 
 SOURCE = """#include "sum.cuh"
 extern "C" __global__ void add(float* x) { x[threadIdx.x] = sum(x[threadIdx.x], AMOUNT); }
@@ -39,17 +39,35 @@ def cached(sources: Path) -> set[str]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_kernel_compiles_without_a_gpu(sources: Path, architecture: str) -> None:
     assert compile_cubin(build("add.cu", AMOUNT=1), architecture).startswith(b"\x7fELF")
-    assert resources(build("add.cu", AMOUNT=1), architecture)["add"].spill_bytes == 0
+    used = resources(build("add.cu", AMOUNT=1), architecture)
+    assert set(used) == {"add"}
+    assert used["add"].registers > 0
+    assert used["add"].spill_bytes == used["add"].shared_bytes == 0
 
 
 def test_the_second_time_it_comes_from_the_cache(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = compile_cubin(build("add.cu", AMOUNT=1), "sm_80")
+    made = build("add.cu", AMOUNT=1)
+    assert not is_compiled(made, "sm_80")
+    first, used = compile_cubin(made, "sm_80"), resources(made, "sm_80")
+    assert is_compiled(made, "sm_80")
 
     def refuse(*_: object) -> None:
         raise AssertionError("compiled again")
 
     monkeypatch.setattr(compiling, "_compile", refuse)
-    assert compile_cubin(build("add.cu", AMOUNT=1), "sm_80") == first
+    assert compile_cubin(made, "sm_80") == first
+    assert resources(made, "sm_80") == used
+
+
+def test_what_one_user_compiles_into_an_image_another_can_read_without_writing(sources: Path) -> None:
+    compile_cubin(build("add.cu", AMOUNT=1), "sm_80")
+    kept = [path for path in (sources.parent / "cache").iterdir() if path.suffix in (".cubin", ".log")]
+    assert {path.stat().st_mode & 0o777 for path in kept} == {0o644}
+    for lock in (sources.parent / "cache").glob(".*.lock"):
+        lock.unlink()
+    before = set((sources.parent / "cache").iterdir())
+    compile_cubin(build("add.cu", AMOUNT=1), "sm_80")
+    assert set((sources.parent / "cache").iterdir()) == before == set(kept)
 
 
 def test_whatever_decides_the_code_names_it_in_the_cache(sources: Path) -> None:

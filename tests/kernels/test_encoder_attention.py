@@ -8,16 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.compile import Build, resources
-from kernels.encoder_attention import BUILDS, HEADS, encoder_attention, plan, reference
-
-
-@pytest.mark.parametrize(
-    ("made", "architecture"), [(b, a) for b in BUILDS for a in b.architectures], ids=lambda part: str(part)
-)
-def test_it_compiles_without_spills(made: Build, architecture: str) -> None:
-    assert all(used.spill_bytes == 0 for used in resources(made, architecture).values())
-
+from kernels.encoder_attention import HEADS, encoder_attention, plan, reference
 
 shapes = st.tuples(st.integers(1, 64), st.integers(1, 4096), st.sampled_from(HEADS), st.integers(1, 200))
 

@@ -7,15 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.compile import ARCHITECTURES, Build, resources
-from kernels.latent_attention import BUILDS, HEADS, Shape, dequantise, plan_blocks, quantise, reference, shape
+from kernels.compile import ARCHITECTURES
+from kernels.latent_attention import HEADS, Shape, dequantise, plan_blocks, quantise, reference, shape
 
 SHARED_LIMITS = {"sm_80": 163, "sm_89": 99, "sm_90a": 227, "sm_100": 227}  # KB a block
-
-
-@pytest.mark.parametrize(("made", "architecture"), [(b, a) for b in BUILDS for a in b.architectures], ids=str)
-def test_it_compiles_without_spills(made: Build, architecture: str) -> None:
-    assert all(used.spill_bytes == 0 for used in resources(made, architecture).values())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.compile import Build, resources
-from kernels.layer_norm import BUILDS, FEW_VECTORS, WIDTHS, add_layer_norm, reference
-
-
-@pytest.mark.parametrize(("made", "architecture"), [(b, a) for b in BUILDS for a in b.architectures], ids=str)
-def test_it_compiles_without_spills(made: Build, architecture: str) -> None:
-    assert all(used.spill_bytes == 0 for used in resources(made, architecture).values())
+from kernels.layer_norm import FEW_VECTORS, WIDTHS, add_layer_norm, reference
 
 
 def test_warps_hold_whole_rows() -> None:

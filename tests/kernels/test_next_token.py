@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from whisper.decoding import ApplyTimestampRules, SuppressBlank, SuppressTokens
 from whisper.tokenizer import get_tokenizer
 
-from kernels.compile import ARCHITECTURES, resources
-from kernels.next_token import BUILDS, DETECT, FIELDS, Field, NextToken, gumbel, idle_states, new_state
+from kernels.next_token import DETECT, FIELDS, Field, NextToken, gumbel, idle_states, new_state
 from serve_app.engine.checkpoint import Dims
 from serve_app.engine.constants import MAX_INITIAL_TIMESTAMP
 from serve_app.engine.rules import rules_of
@@ -177,9 +176,3 @@ def test_wrong_input_is_refused() -> None:
         CHOOSE(torch.zeros(1, 10), states(True))
     with pytest.raises(ValueError, match="states must be"):
         CHOOSE(torch.zeros(1, DIMS.n_vocab), torch.zeros(2, FIELDS, dtype=torch.int32))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_it_compiles_without_spills(architecture: str) -> None:
-    (made,) = BUILDS
-    assert resources(made, architecture)["next_token"].spill_bytes == 0
