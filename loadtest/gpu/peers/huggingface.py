@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loadtest.gpu.work import NEW_TOKENS, Task
 from serve_app.engine.checkpoint import Dims
-from serve_app.engine.checkpoint.huggingface import _their_name as stored_name
+from serve_app.engine.checkpoint.huggingface import stored_name
 from serve_app.engine.tokens import Tokens
 
 

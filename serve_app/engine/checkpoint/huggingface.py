@@ -91,7 +91,8 @@ def _check_config(config: dict[str, Any], where: Path) -> None:
             raise CheckpointError(f"{where}: not Whisper's architecture: {key} is {found!r:.60}, not {value!r}")
 
 
-def _their_name(name: str) -> str:
+def stored_name(name: str) -> str:
+    """What Hugging Face's checkpoints call a tensor, from openai-whisper's name for it."""
     side, rest = name.split(".", 1)
     if rest == "positional_embedding":
         return f"model.{side}.{_OUTSIDE[rest]}"
@@ -150,13 +151,13 @@ def _read_tensors(folder: Path, dims: Dims) -> dict[str, torch.Tensor]:
             file, stored, path = files[name]
             return check_values(stored, file.get_tensor(stored).contiguous(), path)
 
-        expected = {_their_name(name): shape for name, shape in tensor_shapes(dims).items()}
+        expected = {stored_name(name): shape for name, shape in tensor_shapes(dims).items()}
         where = paths[0] if len(paths) == 1 else folder / INDEX
         tied = {_OUTPUT: shapes[_EMBEDDING]} if {_OUTPUT, _EMBEDDING} <= shapes.keys() else {}
         check_shapes(shapes, expected | tied, where)
         if tied and not torch.equal(tensor(_OUTPUT), tensor(_EMBEDDING)):
             raise CheckpointError(f"{where}: not Whisper's architecture: {_OUTPUT} is not tied to {_EMBEDDING}")
-        return {name: tensor(_their_name(name)) for name in tensor_shapes(dims)}
+        return {name: tensor(stored_name(name)) for name in tensor_shapes(dims)}
 
 
 def _check_complete(path: Path) -> None:
