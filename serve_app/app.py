@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import ray
+import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
@@ -68,6 +70,7 @@ class Api:
 
 def build(settings: Settings) -> serve.Application:
     """The application's graph: Api → features, encoder, decoder."""
+    settings = settings.filled(on_gpu=_on_gpu(settings))
     features = _stage(FeaturesStage, "features", settings.features).bind(settings)
     encoder = _stage(EncoderStage, "encoder", settings.encoder).bind(settings)
     decoder = _stage(DecoderStage, "decoder", settings.decoder).bind(settings)
@@ -84,6 +87,13 @@ def build(settings: Settings) -> serve.Application:
     )(Api)
     application: serve.Application = api.bind(settings, features, encoder, decoder)
     return application
+
+
+def _on_gpu(settings: Settings) -> bool:
+    """Will the stages run on GPUs? Where the settings leave it open, on those that the cluster has."""
+    if settings.model.device != "auto":
+        return settings.model.device == "cuda"
+    return bool(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else torch.cuda.is_available()
 
 
 def _stage(replica: type[StageReplica], name: str, stage: StageSettings) -> serve.Deployment:

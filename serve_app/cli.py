@@ -1,4 +1,4 @@
-"""The command line: ``whisper-serve serve | transcribe | doctor``."""
+"""The command line: ``whisper-serve serve | transcribe | doctor | kernels build``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from kernels.compile import ARCHITECTURES, CompileError
 from serve_app.settings import CONFIG_FILE_VARIABLE, Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Whisper speech-to-text as a Ray Serve application.")
+kernels = typer.Typer(no_args_is_help=True, help="The CUDA kernels.")
+app.add_typer(kernels, name="kernels")
 errors = Console(stderr=True)
 
 Model = Annotated[str | None, typer.Option(help="Checkpoint: embedded:base, a path, or a model name.")]
@@ -133,6 +136,28 @@ def doctor(model: Model = None, config: Config = None) -> None:
     from serve_app.doctor import examine
 
     raise typer.Exit(0 if examine(settings, Console()) else 1)
+
+
+@kernels.command("build")
+def build_kernels(
+    arch: Annotated[str, typer.Option(help="Architectures of GPUs, separated by commas.")] = ",".join(ARCHITECTURES),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the machine code; by default the cache that kernels load from.", file_okay=False),
+    ] = None,
+) -> None:
+    """Compile all kernels ahead of time, as for an image; no GPU is needed. Exit with 1 where one does not compile."""
+    architectures = list(dict.fromkeys(arch.split(",")))
+    if unknown := [name for name in architectures if name not in ARCHITECTURES]:
+        raise typer.BadParameter(f"unknown: {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}")
+    from serve_app.compiling import compile_kernels
+
+    try:
+        failed = compile_kernels(architectures, output)
+    except (CompileError, OSError) as problem:
+        errors.print(str(problem), style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from None
+    raise typer.Exit(1 if failed else 0)
 
 
 def main() -> None:

@@ -12,11 +12,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from kernels.compile import CompileError, cache_folder, compiler_version, is_compiled
+from kernels.launch import architecture_of
+from kernels.registry import targets
 from serve_app.audio.decode import AudioDecoder
 from serve_app.audio.zygote import SandboxReport
 from serve_app.engine.checkpoint import CheckpointError, load
 from serve_app.engine.precision import Compute, has_bfloat16_products
-from serve_app.settings import Settings
+from serve_app.settings import Settings, known
 from serve_app.stages.threads import default_threads
 
 
@@ -34,15 +37,20 @@ def examine(settings: Settings, console: Console) -> bool:
     except RuntimeError as error:
         problems.append(str(error))
     else:
+        settings = settings.filled(on_gpu=compute.device.type == "cuda")
         precision = str(compute.dtype).removeprefix("torch.")
         stages = {"features": settings.features, "encoder": settings.encoder, "decoder": settings.decoder}
         for name, stage in stages.items():
             products = "float32" if name == "features" else precision
             threads = str(stage.threads or default_threads())
-            plan.add_row(name, str(stage.replicas), compute.device.type, products, threads, f"{stage.num_gpus:g}")
+            plan.add_row(
+                name, str(stage.replicas), compute.device.type, products, threads, f"{known(stage.num_gpus):g}"
+            )
+        if compute.has_kernels:
+            problems += _kernel_problems()
         plan.add_row("api", str(settings.http.replicas), "cpu", "", "1", "")
         console.print(plan)
-        wanted = sum(stage.num_gpus * stage.replicas for stage in stages.values())
+        wanted = sum(known(stage.num_gpus) * stage.replicas for stage in stages.values())
         if wanted > torch.cuda.device_count():
             problems.append(f"the replicas want {wanted:g} GPUs together; this machine has {torch.cuda.device_count()}")
 
@@ -75,6 +83,8 @@ def _machine(settings: Settings) -> list[tuple[str, str]]:
         ("packages", ", ".join(f"{p} {version(p)}" for p in ("whisper-serve", "ray", "torch", "av"))),
         ("CPU", f"{cores} cores, {memory:.0f} GiB of memory, {instructions} bfloat16 matrix instructions"),
         ("audio sandbox", _sandbox(settings)),
+        ("kernel compiler", _kernel_compiler()),
+        ("kernel cache", str(cache_folder())),
     ]
     if not torch.cuda.is_available():
         found.append(("GPU", "none that PyTorch can use"))
@@ -82,7 +92,34 @@ def _machine(settings: Settings) -> list[tuple[str, str]]:
         gpu = torch.cuda.get_device_properties(index)
         size = gpu.total_memory / 2**30
         found.append((f"GPU {index}", f"{gpu.name}, {size:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"))
+        found.append((f"its kernels", _kernels(index)))
     return found
+
+
+def _kernel_compiler() -> str:
+    try:
+        return f"NVRTC {compiler_version()}"
+    except CompileError as missing:
+        return str(missing)
+
+
+def _kernels(index: int) -> str:
+    """How many of a GPU's kernels need not be compiled when they are first used."""
+    try:
+        architecture = architecture_of(torch.device("cuda", index))
+        wanted = targets([architecture])
+        ready = sum(is_compiled(*target) for target in wanted)
+    except CompileError as error:
+        return str(error)
+    if not wanted:
+        return f"none are made for {architecture} ahead of time; each is compiled when it is first used"
+    return f"{ready} of {len(wanted)} for {architecture} lie in the cache; the others are compiled when first used"
+
+
+def _kernel_problems() -> list[str]:
+    """What keeps kernels from running on the GPUs here."""
+    problems = []
+    for check in (compiler_version, *(partial(architecture_of, ...)))
 
 
 def _port(settings: Settings) -> list[str]:

@@ -28,7 +28,7 @@ from serve_app.engine.options import DecodeOptions, TranscribeOptions
 from serve_app.engine.tokens import Tokens
 from serve_app.engine.transcript import Segment, Transcript, assemble, window_segments
 from serve_app.errors import DeadlineExceeded, InvalidRequest, Overloaded, TranscriptionFailed
-from serve_app.settings import Settings
+from serve_app.settings import Settings, known
 from serve_app.stages.decoder import ModelInfo
 from serve_app.stages.ring import RingDescriptor
 from serve_app.stages.transport import Descriptor, export_samples
@@ -48,10 +48,8 @@ class Transcriber:
         self._features = BatchingHandle(
             stages["features"], credit=2 * max(1, settings.features.budget_samples // WINDOW_SAMPLES)
         )
-        self._encoder = BatchingHandle(stages["encoder"], credit=2 * settings.encoder.budget_windows)
-        self._decoder = BatchingHandle(
-            stages["decoder"], credit=settings.decoder.slots + max(1, settings.decoder.slots // 2)
-        )
+        self._encoder = BatchingHandle(stages["encoder"], credit=2 * known(settings.encoder.budget_windows))
+        self._decoder = BatchingHandle(stages["decoder"], credit=model.slots + max(1, model.slots // 2))
         self.tokens = Tokens(model.dims)
         self._audio = AudioDecoder(settings.audio)
         self._detector = SpeechDetector()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
@@ -18,6 +18,15 @@ CONFIG_FILE_VARIABLE = "WHISPER_SERVE_CONFIG"
 
 MiB = 2**20
 WINDOW_SAMPLES = 30 * 16_000
+
+
+T = TypeVar("T")
+
+
+def known(value: T | None) -> T:
+    """A setting whose default depends on the machine, after ``Settings.filled``."""
+    assert value is not None, "Settings.filled has not been called"
+    return value
 
 
 class Section(BaseModel):
@@ -73,7 +82,14 @@ class StageSettings(Section):
 
     replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.0, ge=0, description="Ray's logical CPUs a replica reserves")
-    num_gpus: float = Field(0.0, ge=0, description="share of a GPU a replica reserves")
+    num_gpus: float | None = Field(
+        None,
+        ge=0,
+        description="share of a GPU a replica reserves; by default 0.1, 0.4, 0.5 of one where there are GPUs",
+    )
+    memory_gib: float | None = Field(
+        None, gt=0, description="GPU memory a replica may take, CUDA's own included; by default num_gpus of the GPU's"
+    )
     threads: int | None = Field(
         None, ge=1, description="CPU threads of the engine; by default half of the machine's cores, at most 8"
     )
@@ -91,13 +107,19 @@ class FeaturesSettings(BatchStageSettings):
 
 
 class EncoderSettings(BatchStageSettings):
-    budget_windows: int = Field(
-        4, ge=1, description="windows in one batch: each is 1,500 positions whatever its speech"
+    budget_windows: int | None = Field(
+        None,
+        ge=1,
+        description="windows in one batch: each is 1,500 positions whatever its speech; by default 4, on a GPU 16",
     )
 
 
 class DecoderSettings(StageSettings):
-    slots: int = Field(16, ge=1, description="windows decoded at once")
+    slots: int | None = Field(
+        None,
+        ge=1,
+        description="windows decoded at once; by default 16, on a GPU as many as its memory holds, up to 256",
+    )
 
 
 class RequestSettings(Section):
@@ -140,6 +162,21 @@ class Settings(BaseSettings):
         if self.audio.min_sample_rate > self.audio.max_sample_rate:
             raise ValueError("audio.min_sample_rate is above audio.max_sample_rate")
         return self
+
+    def filled(self, *, on_gpu: bool) -> Settings:
+        """With the defaults that depend on where the stages run. The decoder's slots on a GPU stay open until a replica
+        knows its GPU's memory."""
+        shares = {"features": 0.1, "encoder": 0.4, "decoder": 0.5}
+        defaults: dict[str, dict[str, object]] = {
+            name: {"num_gpus": share if on_gpu else 0.0} for name, share in shares.items()
+        }
+        defaults["encoder"]["budget_windows"] = 16 if on_gpu else 4
+        defaults["decoder"]["slots"] = None if on_gpu else 16
+        filled = {}
+        for name, values in defaults.items():
+            section: Section = getattr(self, name)
+            filled[name] = section.model_copy(update={k: v for k, v in values.items() if getattr(section, k) is None})
+        return self.model_copy(update=filled)
 
     @classmethod
     def settings_customise_sources(

@@ -12,8 +12,12 @@ from torch import Tensor
 
 from kernels.encoder_attention import encoder_attention
 from serve_app.engine.checkpoint import Checkpoint
+from serve_app.engine.graphs import SizedGraphs
 from serve_app.engine.layers import Mlp, Weights
 from serve_app.engine.precision import Compute
+
+GRAPHED = 4
+"""Batches of up to so many windows are CUDA Graphs."""
 
 
 class EncoderBlock:
@@ -57,12 +61,37 @@ class Encoder:
         ]
         self.norm = weights.norm("ln_post")
 
+        if compute.has_kernels:
+            self._capture()
+
+    def _capture(self) -> None:
+        """Small batches are replayed: there the host's launches take longer than the GPU's work. A larger one keeps the
+        GPU busy while the host launches, and a graph for each size would only cost memory."""
+        shape = GRAPHED, self.dims.n_mels, 2 * self.dims.n_audio_ctx
+        self._input = torch.zeros(shape, device=self.compute.device, dtype=self.compute.dtype)
+        shape = GRAPHED, self.dims.n_audio_ctx, self.dims.n_audio_state
+        self._output = torch.empty(shape, device=self.compute.device, dtype=self.compute.dtype)
+
+        def work(n: int) -> None:
+            self._output[:n].copy_(self._encode(self._input[:n]))
+
+        with torch.inference_mode():
+            self._replay = SizedGraphs(work, range(1, GRAPHED + 1))
+
     @torch.inference_mode()
     def __call__(self, log_mel: Tensor) -> Tensor:
         expected = (self.dims.n_mels, 2 * self.dims.n_audio_ctx)
         if log_mel.ndim != 3 or log_mel.shape[1:] != expected:
             raise ValueError(f"log-mel must be [batch, {expected[0]}, {expected[1]}], got {list(log_mel.shape)}")
-        x = log_mel.to(self.compute.device, self.compute.dtype)
+        n = len(log_mel)
+        if not self.compute.has_kernels or n > GRAPHED:
+            return self._encode(log_mel.to(self.compute.device, self.compute.dtype))
+        self._input[:n].copy_(log_mel, non_blocking=True)
+        self._replay(n)
+        return self._output[:n].clone()
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """x: log-mel on the device, in the compute precision."""
         for stride, (weight, bias) in enumerate(self.convolutions, start=1):
             x = F.gelu(F.conv1d(x, weight, bias, stride=stride, padding=1))
         residual = (x.transpose(1, 2).float() + self.positions).contiguous()

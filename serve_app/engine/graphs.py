@@ -1,4 +1,4 @@
-"""CUDA Graphs of a decoding step: hundreds of launches become one, for a few numbers of slots."""
+"""CUDA Graphs: hundreds of launches become one, for a few sizes of the work."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def buckets(most: int) -> list[int]:
     return [size for size in sizes if size < most] + [most]
 
 
-class StepGraphs:
-    """Runs ``step(n)`` by replaying its capture for the smallest bucket that holds n.
+class SizedGraphs:
+    """Runs ``work(n)`` by replaying its capture for the smallest size that holds n.
 
-    All buckets are captured at once, with a trial run of each before: slots must be idle then. What a step reads must
-    stay where it is, and slots between n and the bucket must stand the step.
+    All sizes are captured at once, with a trial run of each before. What the work reads and writes must stay where it
+    is; what stands between n and the size is worked on too.
     """
 
-    def __init__(self, step: Callable[[int], None], sizes: Sequence[int]):
+    def __init__(self, work: Callable[[int], None], sizes: Sequence[int]):
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = None
         for size in sorted(sizes, reverse=True):  # the largest first, so that the others find room in its memory
@@ -31,11 +31,11 @@ class StepGraphs:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                step(size)
+                work(size)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                step(size)
+                work(size)
             pool = graph.pool()
             self._graphs[size] = graph
         self._sizes = sorted(sizes)

@@ -19,7 +19,7 @@ from kernels.next_token import DETECT, Field, NextToken, Rules, idle_states, new
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.decoder import Decoder
 from serve_app.engine.fallback import DecodedWindow, quality
-from serve_app.engine.graphs import StepGraphs, buckets
+from serve_app.engine.graphs import SizedGraphs, buckets
 from serve_app.engine.options import DecodeOptions
 from serve_app.engine.precision import Compute
 from serve_app.engine.rules import rules_of
@@ -77,7 +77,7 @@ class SlotDecoder:
         self._slots: list[_Slot] = []
         self._reports: deque[_Report] = deque()
         self._on_gpu = compute.device.type == "cuda"
-        self.advance = StepGraphs(self._step, buckets(slots)) if compute.has_kernels else self._step
+        self.advance = SizedGraphs(self._step, buckets(slots)) if compute.has_kernels else self._step
         # on a GPU a step is running while the one before is read
         self._lag = 1 if self._on_gpu else 0
 

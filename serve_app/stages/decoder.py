@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from serve_app.batching.planner import plan
+from serve_app.engine import memory
 from serve_app.engine.checkpoint import Dims, load
 from serve_app.engine.fallback import DecodedWindow
 from serve_app.engine.precision import Compute
 from serve_app.engine.slots import SlotDecoder, SlotTask
-from serve_app.settings import Settings
+from serve_app.settings import Settings, known
 from serve_app.stages.replica import Entry, StageReplica, logger
 from serve_app.stages.threads import use_threads
 from serve_app.stages.transport import Input, received_tensor
@@ -17,10 +18,11 @@ from serve_app.stages.transport import Input, received_tensor
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What callers need to know of the model that is served."""
+    """What callers need to know of the model that is served, and of a decoder replica's slots."""
 
     name: str
     dims: Dims
+    slots: int
 
 
 class DecoderStage(StageReplica):
@@ -30,9 +32,22 @@ class DecoderStage(StageReplica):
         compute = Compute.resolve(settings.model.device, settings.model.compute)
         super().__init__(settings.decoder, compute.device)
         use_threads(settings.decoder.threads)
+        self._decoder_settings = settings.decoder
         checkpoint = load(settings.model.source)
-        self._info = ModelInfo(checkpoint.name, checkpoint.dims)
-        self._slots = SlotDecoder(checkpoint, compute, settings.decoder.slots)
+        slots = self._plan_slots(checkpoint.dims, compute)
+        self._info = ModelInfo(checkpoint.name, checkpoint.dims, slots)
+        self._slots = SlotDecoder(checkpoint, compute, slots)
+
+    def _plan_slots(self, dims: Dims, compute: Compute) -> int:
+        stage = self._decoder_settings
+        if compute.device.type == "cpu":
+            return known(stage.slots)
+        share = memory.share_of(compute.device, known(stage.num_gpus), stage.memory_gib)
+        number = compute.dtype.itemsize
+        slots = memory.plan_slots(dims, number, share, stage.slots)
+        need = memory.decoder_bytes(dims, number) + slots * memory.slot_bytes(dims, number)
+        memory.take_share(compute.device, share, need, what="the decoder")
+        return slots
 
     async def describe(self, *, replica: str | None = None) -> ModelInfo:
         return self._info

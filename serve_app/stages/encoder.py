@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from serve_app.engine import memory
 from serve_app.engine.checkpoint import load
 from serve_app.engine.encoder import Encoder
 from serve_app.engine.precision import Compute
-from serve_app.settings import Settings
+from serve_app.settings import Settings, known
 from serve_app.stages.replica import BatchStage
 from serve_app.stages.threads import use_threads
 from serve_app.stages.transport import Exporter, Input, received_tensor
@@ -21,9 +22,14 @@ class EncoderStage(BatchStage):
         compute = Compute.resolve(settings.model.device, settings.model.compute)
         super().__init__(settings.encoder, compute.device)
         use_threads(settings.encoder.threads)
-        self.budget = settings.encoder.budget_windows
-        self.export = Exporter(compute.device, settings.encoder.ring_windows)
-        self._encoder = Encoder(load(settings.model.source), compute)
+        stage, checkpoint = settings.encoder, load(settings.model.source)
+        self.budget = windows = known(stage.budget_windows)
+        if compute.device.type == "cuda":
+            share = memory.share_of(compute.device, known(stage.num_gpus), stage.memory_gib)
+            need = memory.encoder_bytes(checkpoint.dims, compute.dtype.itemsize, windows, stage.ring_windows)
+            memory.take_share(compute.device, share, need, what=f"an encoder with batches of {windows} windows")
+        self.export = Exporter(compute.device, stage.ring_windows)
+        self._encoder = Encoder(checkpoint, compute)
 
     def _batch(self, inputs: list[Input]) -> Tensor:
         # some may have come through the host

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ from serve_app.batching.messages import (
 from serve_app.batching.planner import Waiting, expired, plan
 from serve_app.errors import DeadlineExceeded
 from serve_app.settings import StageSettings
-from serve_app.stages.ring import gpu_of
+from serve_app.stages.ring import RingError, gpu_of
 from serve_app.stages.transport import Input, Receiver
 
 logger = logging.getLogger(__name__)
@@ -167,9 +168,17 @@ class StageReplica(ABC):
         Serve starts a clean replica."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._engine, work, *arguments)
-        except torch.AcceleratorError:
+        except Exception as error:
+            if not is_gpu_failure(error):
+                raise
             logger.exception("the GPU failed; this replica ends")
             os._exit(1)
+
+
+def is_gpu_failure(error: Exception) -> bool:
+    """Does an error leave the GPU's state unknown to this process? PyTorch's own and cuda-python's; not that memory is
+    short, which harms only the work that asked for it."""
+    return isinstance(error, torch.AcceleratorError | RingError) or type(error).__name__ == "CUDAError"
 
 
 def _waiting(window: StageWindow) -> Waiting:
@@ -185,17 +194,33 @@ class BatchStage(StageReplica):
     export: Callable[[Tensor, Sequence[Collection[str]]], list[Any]]
     """Makes results known to the next stage (``stages.transport.Exporter``)."""
 
+    def __init__(self, stage: StageSettings, device: torch.device):
+        super().__init__(stage, device)
+        self._on_gpu: deque[torch.cuda.Event] = deque()  # ends of batches, in their order
+
     @abstractmethod
     def _batch(self, inputs: list[Input]) -> Tensor:
         """Runs one batch, on the engine's thread: [n, …]."""
 
+    def _wait_turn(self) -> None:
+        """A GPU works while the host goes on: one batch may run and one wait for it, so that the GPU is never without
+        work, and windows gather meanwhile. (On the GPU; elsewhere a batch is done when its call returns.)"""
+        while len(self._on_gpu) >= 2:
+            self._on_gpu.popleft().synchronize()
+
     def _run_batch(self, taken: list[tuple[Entry, Input]]) -> list[Any]:
         results = self._batch([received for _, received in taken])
-        return self.export(results, [entry.window.consumers for entry, _ in taken])
+        exported = self.export(results, [entry.window.consumers for entry, _ in taken])
+        if results.is_cuda:
+            done = torch.cuda.Event()
+            done.record()
+            self._on_gpu.append(done)
+        return exported
 
     async def _work(self) -> None:
         while True:
             await self._next()
+            await self._run(self._wait_turn)
             self._expire()
             taken = await self._take(plan((e.waiting for e in self._queue.values()), budget=self.budget))
             if not taken:

@@ -44,6 +44,10 @@ def gpu_of(device: torch.device) -> str | None:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
+class RingError(RuntimeError):
+    """CUDA refused a call."""
+
+
 class Ring:
     """The sender's end: slots for tensors of one shape. For one thread."""
 
@@ -140,7 +144,7 @@ class _OpenRing:
         try:
             lazily = runtime.cudaIpcMemLazyEnablePeerAccess
             self._address = int(_checked(runtime.cudaIpcOpenMemHandle(handle, lazily)))
-        except RuntimeError as error:
+        except RingError as error:
             # NOTES: between the board and the memory the sender may have died
             raise BoardGone(str(error)) from error
         slot_bytes = _slot_bytes(descriptor.shape, descriptor.dtype)
@@ -162,10 +166,10 @@ def _runtime() -> Any:
 
 
 def _checked(results: tuple[Any, ...]) -> Any:
-    """What a call of CUDA's runtime returned; RuntimeError where it failed."""
+    """What a call of CUDA's runtime returned; RingError where it failed."""
     error, *values = results
     if int(error) != 0:
-        raise RuntimeError(f"CUDA: {error.name}")
+        raise RingError(f"CUDA: {error.name}")
     return values[0] if values else None
 
 

@@ -1,0 +1,97 @@
+"""GPU memory: what the stages need, and taking a share of it. Slots and batches bound it, not requests.
+
+``number``: bytes of one number in the precision of the products, 2 for FP16.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from serve_app.engine.checkpoint import Dims
+
+logger = logging.getLogger(__name__)
+
+MiB, GiB = 2**20, 2**30
+
+CONTEXT_BYTES = 1 * GiB
+"""Of a process on a GPU, whatever it computes: CUDA's context, the libraries' code and workspaces."""
+
+MOST_SLOTS = 256
+"""Beyond this the weights, which a step reads once for all slots, are a small part of what it reads."""
+
+WAIT_S = 120.0
+"""How long a starting replica waits for the memory of the one before it, whose process may still be ending."""
+
+
+class OutOfShare(RuntimeError):
+    """A stage does not fit its share of a GPU's memory; the message says what would."""
+
+
+def decoder_bytes(dims: Dims, number: int) -> int:
+    """Of the decoder without slots: context, weights."""
+    d = dims.n_text_state
+    return CONTEXT_BYTES + number * (dims.n_text_layer * 16 * d * d + (dims.n_vocab + dims.n_text_ctx) * d)
+
+
+def slot_bytes(dims: Dims, number: int) -> int:
+    """Of one slot: self-attention cache, encoder state, a state that waits for a slot, logits."""
+    cache = dims.n_text_layer * 2 * dims.n_text_ctx * dims.n_text_state * number
+    state = dims.n_audio_ctx * dims.n_audio_state * number
+    return cache + 2 * state + 2 * dims.n_vocab * 4
+
+
+def plan_slots(dims: Dims, number: int, share_bytes: int, wanted: int | None = None) -> int:
+    """How many slots a decoder has in its share: those wanted, or as many as fit. OutOfShare where they do not fit."""
+    fixed, each = decoder_bytes(dims, number), slot_bytes(dims, number)
+    fit = (share_bytes - fixed) // each
+    if fit < (wanted or 1):
+        need = fixed + (wanted or 1) * each
+        raise OutOfShare(
+            f"a decoder with {wanted or 1} slots needs {need / GiB:.1f} GiB of GPU memory, its share is "
+            f"{share_bytes / GiB:.1f} GiB: raise decoder.num_gpus or decoder.memory_gib, or lower decoder.slots"
+        )
+    return wanted or min(fit, MOST_SLOTS)
+
+
+def encoder_bytes(dims: Dims, number: int, windows: int, ring_windows: int) -> int:
+    """Of an encoder with batches of so many windows, and so many states waiting in its ring."""
+    d = dims.n_audio_state
+    weights = number * (dims.n_audio_layer * 12 * d * d + 3 * d * d + 3 * dims.n_mels * d)
+    # of each position: the residual stream in float32; and its normalised form, queries, keys and values, attention's
+    # result, the perceptron's inside, the second convolution's input, the encoder's result with a copy of it
+    activations = windows * dims.n_audio_ctx * d * (4 + number * (1 + 3 + 1 + 4 + 2 + 2))
+    return CONTEXT_BYTES + weights + activations + ring_windows * dims.n_audio_ctx * d * number
+
+
+def features_bytes(dims: Dims, number: int, windows: int, ring_windows: int) -> int:
+    """Of a feature stage with batches of so many windows."""
+    return CONTEXT_BYTES + (windows + ring_windows) * dims.n_mels * 2 * dims.n_audio_ctx * number
+
+
+def share_of(device: torch.device, num_gpus: float, memory_gib: float | None) -> int:
+    """A replica's share of its GPU's memory, bytes: what its settings say, or the share of the GPU that it reserves."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    return int(total * min(1.0, num_gpus)) if memory_gib is None else int(memory_gib * GiB)
+
+
+def take_share(device: torch.device, share_bytes: int, need_bytes: int, *, what: str) -> None:
+    """Keeps this process within its share, and waits until what it needs is free. OutOfShare where it needs more than
+    its share, or the memory does not come free."""
+    if need_bytes > share_bytes:
+        raise OutOfShare(
+            f"{what} needs {need_bytes / GiB:.1f} GiB of GPU memory, its share is {share_bytes / GiB:.1f} GiB"
+        )
+    free, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share_bytes / total), device)
+    give_up = time.monotonic() + WAIT_S
+    while free < need_bytes - CONTEXT_BYTES:  # this process has its context by now
+        if time.monotonic() > give_up:
+            raise OutOfShare(
+                f"{what} needs {need_bytes / GiB:.1f} GiB of GPU memory, but other processes leave {free / GiB:.1f} GiB"
+            )
+        logger.info("%s waits for GPU memory: %.1f GiB are free", what, free / GiB)
+        time.sleep(0.5)
+        free, _ = torch.cuda.mem_get_info(device)

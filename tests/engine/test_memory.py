@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.engine.checkpoint import Dims
+from serve_app.engine.memory import (
+    MOST_SLOTS,
+    GiB,
+    OutOfShare,
+    decoder_bytes,
+    encoder_bytes,
+    features_bytes,
+    plan_slots,
+    slot_bytes,
+)
+
+LARGE = Dims(128, 1500, 1280, 20, 32, 51866, 448, 1280, 20, 32)
+BASE = Dims(80, 1500, 512, 8, 6, 51865, 448, 512, 8, 6)
+
+
+@given(share_gib=st.floats(0.1, 200), dims=st.sampled_from([LARGE, BASE]))
+def test_planned_slots_fit_and_one_more_would_not(share_gib: float, dims: Dims) -> None:
+    share = int(share_gib * GiB)
+    try:
+        slots = plan_slots(dims, 2, share)
+    except OutOfShare:
+        assert decoder_bytes(dims, 2) + slot_bytes(dims, 2) > share
+        return
+    assert decoder_bytes(dims, 2) + slots * slot_bytes(dims, 2) <= share
+    assert slots == MOST_SLOTS or decoder_bytes(dims, 2) + (slots + 1) * slot_bytes(dims, 2) > share
+
+
+def test_half_of_an_80_gb_card_holds_256_slots_of_large_v3() -> None:
+    assert plan_slots(LARGE, 2, 40 * GiB) == 256
+
+
+def test_wanted_slots_are_had_or_refused_with_what_they_need() -> None:
+    assert plan_slots(LARGE, 2, 40 * GiB, 64) == 64
+    with pytest.raises(OutOfShare, match=r"a decoder with 256 slots needs 2\d\.\d GiB .*, its share is 10\.0 GiB"):
+        plan_slots(LARGE, 2, 10 * GiB, 256)
+    with pytest.raises(OutOfShare, match="a decoder with 1 slots needs"):
+        plan_slots(LARGE, 2, 1 * GiB)
+
+
+def test_the_other_stages_fit_their_default_shares_of_an_80_gb_card() -> None:
+    assert encoder_bytes(LARGE, 2, 16, 64) < 0.4 * 79 * GiB
+    assert features_bytes(LARGE, 2, 16, 64) < 0.1 * 79 * GiB
+    assert encoder_bytes(LARGE, 2, 32, 64) > encoder_bytes(LARGE, 2, 16, 64)
