@@ -92,7 +92,7 @@ def _machine(settings: Settings) -> list[tuple[str, str]]:
         gpu = torch.cuda.get_device_properties(index)
         size = gpu.total_memory / 2**30
         found.append((f"GPU {index}", f"{gpu.name}, {size:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"))
-        found.append((f"its kernels", _kernels(index)))
+        found.append((f"kernels of GPU {index}", _kernels(index)))
     return found
 
 
@@ -117,9 +117,14 @@ def _kernels(index: int) -> str:
 
 
 def _kernel_problems() -> list[str]:
-    """What keeps kernels from running on the GPUs here."""
-    problems = []
-    for check in (compiler_version, *(partial(architecture_of, ...)))
+    """What keeps the kernels from running on the GPUs here."""
+    try:
+        compiler_version()
+        for index in range(torch.cuda.device_count()):
+            architecture_of(torch.device("cuda", index))
+    except CompileError as problem:
+        return [str(problem)]
+    return []
 
 
 def _port(settings: Settings) -> list[str]:
