@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kernels import registry
+from kernels.compile import build
+from serve_app.cli import app
 
 
 def whisper_serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -23,7 +31,7 @@ def whisper_serve(*arguments: str, **environment: str) -> subprocess.CompletedPr
 def test_doctor_tells_what_will_run_where() -> None:
     result = whisper_serve("doctor", WHISPER_SERVE_HTTP__PORT="0")
     assert result.returncode == 0, result.stdout + result.stderr
-    for word in ("cores", "audio sandbox", "decoder", "99 languages", "ready"):
+    for word in ("cores", "audio sandbox", "NVRTC", "kernel cache", "decoder", "99 languages", "ready"):
         assert word in result.stdout
 
 
@@ -38,6 +46,40 @@ def test_a_wrong_setting_is_named() -> None:
     result = whisper_serve("serve", WHISPER_SERVE_DECODER__SLOTS="none")
     assert result.returncode == 2
     assert "decoder.slots" in result.stderr
+
+
+def test_kernels_are_compiled_ahead_into_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "BUILDS", (build("gelu.cu"), build("embedding.cu", WIDTH=384)))
+    arguments = ["kernels", "build", "--arch", "sm_89,sm_100", "--output", str(tmp_path / "new")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    names = [path.name.rpartition("-")[0] for path in (tmp_path / "new").glob("*.cubin")]
+    assert sorted(names) == ["embedding-sm_100", "embedding-sm_89", "gelu-sm_100", "gelu-sm_89"]
+    assert re.search(r"\[1/4] sm_89  gelu\.cu: bias_gelu \d+ registers, 0 bytes spilled", result.stdout)
+    assert "4 of 4 builds for sm_89, sm_100" in result.stdout
+
+
+def test_a_kernel_that_does_not_compile_is_named_and_the_others_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "BUILDS", (build("embedding.cu"), build("gelu.cu")))  # the first wants a WIDTH
+    result = CliRunner().invoke(app, ["kernels", "build", "--arch", "sm_80", "--output", str(tmp_path)])
+    assert result.exit_code == 1
+    assert 'identifier "WIDTH" is undefined' in result.stderr
+    assert "1 of 2 builds for sm_80" in result.stdout
+
+
+def test_an_architecture_that_kernels_are_not_made_for_is_refused() -> None:
+    result = whisper_serve("kernels", "build", "--arch", "sm_80,sm_70")
+    assert result.returncode == 2
+    assert "unknown: sm_70; there are sm_80, sm_89, sm_90a, sm_100" in result.stderr
+
+
+def test_a_folder_that_cannot_be_written_to_is_named() -> None:
+    result = whisper_serve("kernels", "build", "--output", "/proc/kernels")
+    assert result.returncode == 1
+    assert "/proc/kernels" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_files_are_transcribed_into_a_folder(application: str, sample: Path, tmp_path: Path) -> None:
