@@ -13,11 +13,28 @@ from torch import Tensor
 from kernels.encoder_attention import encoder_attention
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.graphs import SizedGraphs
-from serve_app.engine.layers import Mlp, Weights
+from serve_app.engine.layers import Linear, Mlp, Weights
 from serve_app.engine.precision import Compute
 
 GRAPHED = 4
 """Batches of up to so many windows are CUDA Graphs."""
+
+
+class Convolution:
+    """A convolution over three positions, and GELU, as one product: its rows are three neighbouring positions."""
+
+    def __init__(self, weights: Weights, name: str, stride: int):
+        weight = weights.product(f"{name}.weight")  # [out, in, 3]
+        self._product = Linear(weight.permute(0, 2, 1).flatten(1).contiguous(), weights.product(f"{name}.bias"))
+        self._stride = stride
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [batch, positions, in] → [batch, positions / stride, out]."""
+        batch, positions, width = x.shape
+        padded = F.pad(x, (0, 0, 1, 1))
+        shape = batch, positions // self._stride, 3 * width
+        rows = padded.as_strided(shape, (padded.stride(0), self._stride * width, 1)).contiguous()
+        return self._product.gelu(rows)
 
 
 class EncoderBlock:
@@ -52,9 +69,7 @@ class Encoder:
     def __init__(self, checkpoint: Checkpoint, compute: Compute):
         self.dims, self.compute = checkpoint.dims, compute
         weights = Weights(checkpoint.tensors, compute, "encoder.")
-        self.convolutions = [
-            (weights.product(f"{name}.weight"), weights.product(f"{name}.bias")) for name in ("conv1", "conv2")
-        ]
+        self.convolutions = Convolution(weights, "conv1", stride=1), Convolution(weights, "conv2", stride=2)
         self.positions = weights.exact("positional_embedding")
         self.blocks = [
             EncoderBlock(weights.at(f"blocks.{i}"), self.dims.n_audio_head) for i in range(self.dims.n_audio_layer)
@@ -92,9 +107,10 @@ class Encoder:
 
     def _encode(self, x: Tensor) -> Tensor:
         """x: log-mel on the device, in the compute precision."""
-        for stride, (weight, bias) in enumerate(self.convolutions, start=1):
-            x = F.gelu(F.conv1d(x, weight, bias, stride=stride, padding=1))
-        residual = (x.transpose(1, 2).float() + self.positions).contiguous()
+        x = x.transpose(1, 2)
+        for convolution in self.convolutions:
+            x = convolution(x)
+        residual = x.float() + self.positions
         y = None
         for block in self.blocks:
             y = block(residual, y)
