@@ -53,7 +53,9 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         self.weight, self.bias = weight, bias
-        self._has_kernel = weight.dtype == torch.float16 and weight.is_cuda and linear.available(weight.device)
+        # the kernel's tiles are 64 wide: the first convolution over 80 mel bands, 240 numbers a row, is the library's
+        fits = weight.dtype == torch.float16 and all(size % 64 == 0 for size in weight.shape)
+        self._has_kernel = fits and linear.available(weight.device)
 
     def _fuses(self, x: Tensor) -> bool:
         return self._has_kernel and x.numel() >= MANY_ROWS * x.shape[-1]
