@@ -120,6 +120,12 @@ class DecoderSettings(StageSettings):
         ge=1,
         description="windows decoded at once; by default 16, on a GPU as many as its memory holds, up to 256",
     )
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="most tokens of one window, whose text ends there; by default, and at most, half of the decoder's "
+        "context, as in openai-whisper: 224",
+    )
 
 
 class RequestSettings(Section):

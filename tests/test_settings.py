@@ -29,6 +29,7 @@ def test_a_file_sets_values_and_the_environment_and_arguments_go_before_it(
     "given",
     [
         {"decoder": {"slots": 0}},
+        {"decoder": {"max_tokens": 0}},
         {"decoder": {"slotz": 4}},
         {"no_such_section": {}},
         {"http": {"port": 70000}},

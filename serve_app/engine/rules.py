@@ -8,7 +8,9 @@ from serve_app.engine.constants import MAX_INITIAL_TIMESTAMP
 from serve_app.engine.tokens import Vocabulary
 
 
-def rules_of(vocabulary: Vocabulary, dims: Dims) -> Rules:
+def rules_of(vocabulary: Vocabulary, dims: Dims, max_tokens: int | None = None) -> Rules:
+    """max_tokens: of one window, where they are to be fewer than openai-whisper's half of the context."""
+    most = dims.n_text_ctx // 2
     languages = sorted(vocabulary.languages.values())
     blank_first, blank_second = vocabulary.blank
     return Rules(
@@ -22,7 +24,7 @@ def rules_of(vocabulary: Vocabulary, dims: Dims) -> Rules:
         language_begin=languages[0] if languages else 0,
         language_end=languages[-1] + 1 if languages else 0,
         most_initial_timestamp=MAX_INITIAL_TIMESTAMP,
-        most_sampled=dims.n_text_ctx // 2,  # openai-whisper's limits: half the context, and one token past its end
-        n_ctx=dims.n_text_ctx,
+        most_sampled=most if max_tokens is None else min(most, max_tokens),
+        n_ctx=dims.n_text_ctx,  # as in openai-whisper, one token past its end
         suppressed=vocabulary.suppressed,
     )

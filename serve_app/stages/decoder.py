@@ -9,7 +9,9 @@ from serve_app.engine import memory
 from serve_app.engine.checkpoint import Dims, load
 from serve_app.engine.fallback import DecodedWindow
 from serve_app.engine.precision import Compute
+from serve_app.engine.rules import rules_of
 from serve_app.engine.slots import SlotDecoder, SlotTask
+from serve_app.engine.tokens import Tokens
 from serve_app.settings import Settings, known
 from serve_app.stages.replica import Entry, StageReplica, logger
 from serve_app.stages.threads import use_threads
@@ -36,7 +38,8 @@ class DecoderStage(StageReplica):
         checkpoint = load(settings.model.source)
         slots = self._plan_slots(checkpoint.dims, compute)
         self._info = ModelInfo(checkpoint.name, checkpoint.dims, slots)
-        self._slots = SlotDecoder(checkpoint, compute, slots)
+        rules = rules_of(Tokens(checkpoint.dims).vocabulary, checkpoint.dims, settings.decoder.max_tokens)
+        self._slots = SlotDecoder(checkpoint, compute, slots, rules)
 
     def _plan_slots(self, dims: Dims, compute: Compute) -> int:
         stage = self._decoder_settings

@@ -12,7 +12,9 @@ from serve_app.engine.fallback import DecodedWindow, quality
 from serve_app.engine.features import LogMel
 from serve_app.engine.options import DecodeOptions
 from serve_app.engine.precision import Compute
+from serve_app.engine.rules import rules_of
 from serve_app.engine.slots import SlotDecoder, SlotTask
+from serve_app.engine.tokens import Tokens
 
 FLOAT32 = Compute.resolve("cpu", "float32")
 
@@ -93,6 +95,16 @@ def test_a_cancelled_window_frees_its_slot_and_leaves_the_others_alone(
     assert decoder.free == 1
     done = drain(decoder)
     assert {i: r.tokens for i, r in done.items()} == {str(i): tiny_expected[i].tokens for i in (1, 2)}
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7, 1000])
+def test_a_window_ends_at_the_most_tokens_it_may_have(
+    max_tokens: int, tiny: Checkpoint, tiny_states: torch.Tensor, tiny_expected: list[DecodingResult]
+) -> None:
+    rules = rules_of(Tokens(tiny.dims).vocabulary, tiny.dims, max_tokens)
+    decoder = SlotDecoder(tiny, FLOAT32, 1, rules)
+    decoder.admit([SlotTask("a", tiny_states[0], DecodeOptions(language="en"))])
+    assert drain(decoder)["a"].tokens == tiny_expected[0].tokens[:max_tokens]
 
 
 def test_more_windows_than_slots_are_refused(tiny: Checkpoint, tiny_states: torch.Tensor) -> None:
