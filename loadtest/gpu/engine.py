@@ -22,10 +22,10 @@ ENCODER_BATCH = 32
 
 class Engine:
     name = "whisper-serve engine"
-    warm_ups = 1
+    precision = "float16"
 
     def load(self, dims: Dims, state_dict: dict[str, Tensor], device: torch.device) -> None:
-        compute = Compute.resolve(device.type, "float16" if device.type == "cuda" else "float32")
+        compute = Compute.resolve(device.type, self.precision if device.type == "cuda" else "float32")
         checkpoint = Checkpoint("random", dims, state_dict, alignment_heads=None, source="random")
         self.encoder = Encoder(checkpoint, compute)
         vocabulary = Tokens(dims).vocabulary
@@ -41,3 +41,10 @@ class Engine:
         while self.slots.active:
             tokens |= {window_id: window.tokens for window_id, window in self.slots.step()}
         return torch.tensor([tokens[str(i)] for i in range(len(log_mel))])
+
+
+class EngineFloat32(Engine):
+    """In plain PyTorch with FP32 products, without TF32: what FP16 is compared with."""
+
+    name = "whisper-serve engine, FP32"
+    precision = "float32"
