@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from kernels.next_token import Field, new_state
 from loadtest.gpu.engine import SLOTS, Engine
+from loadtest.gpu.timing import milliseconds
 from loadtest.gpu.work import MODELS, random_log_mel, random_weights
 
 STEP_SIZES = (1, 8, 32, 64, 128, 256)
@@ -31,29 +31,17 @@ def measure(model: str) -> list[Row]:
     rows: list[Row] = []
     for batch in ENCODER_SIZES:
         log_mel = random_log_mel(batch, dims, device, torch.float16)
-        milliseconds = _median_ms(lambda log_mel=log_mel: engine.encoder(log_mel), repeats=10)  # type: ignore[misc]
-        rows.append({"piece": "encoder", "model": model, "windows": batch, "ms_a_window": milliseconds / batch})
+        ms = milliseconds(partial(engine.encoder, log_mel), repeats=10)
+        rows.append({"piece": "encoder", "model": model, "windows": batch, "ms_a_window": ms / batch})
     states = engine.slots.states
     engine.slots.decoder.states.normal_()
     for size in STEP_SIZES:
         state = new_state([50258, 50259, 50360, 50364], position=MIDDLE, timestamps=True, temperature=0.0, seed=0)
         states[:size] = torch.tensor([state], dtype=torch.int32, device=device)
-        milliseconds = _median_ms(lambda size=size: engine.slots.advance(size), repeats=20)  # type: ignore[misc]
+        ms = milliseconds(partial(engine.slots.advance, size))
         states[:, Field.FINISHED] = 1
-        rows.append({"piece": "step", "model": model, "slots": size, "of": SLOTS, "ms": milliseconds})
+        rows.append({"piece": "step", "model": model, "slots": size, "of": SLOTS, "ms": ms})
     return rows
-
-
-def _median_ms(run: Callable[[], object], repeats: int) -> float:
-    times: list[float] = []
-    for _ in range(3 + repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times[3:])
 
 
 def main() -> None:

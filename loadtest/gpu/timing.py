@@ -7,8 +7,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+Run = Callable[[], object]
+CACHE_BYTES = 200e6
+"""Several times a GPU's cache: so much memory is gone through before any of it comes again."""
 
-def graph_milliseconds(runs: Sequence[Callable[[], object]], *, repeats: int = 20) -> float:
+
+def milliseconds(run: Run, *, repeats: int = 20) -> float:
+    """Median time of one run, from when the GPU could begin it until it has done all of it: with the GPU's waits for
+    the host, where it has to wait."""
+    return statistics.median([_between(run) for _ in range(3 + repeats)][3:])
+
+
+def graph_milliseconds(runs: Sequence[Run], *, repeats: int = 20) -> float:
     """Median time of one of ``runs``, which do the same work on different memory, so that caches do not flatter it.
 
     All of them are captured in one CUDA Graph, which takes the host's launches out of the figure.
@@ -23,12 +33,32 @@ def graph_milliseconds(runs: Sequence[Callable[[], object]], *, repeats: int = 2
     with torch.cuda.graph(graph):
         for run in runs:
             run()
-    times: list[float] = []
-    for _ in range(3 + repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / len(runs))
-    return statistics.median(times[3:])
+    return milliseconds(graph.replay, repeats=repeats) / len(runs)
+
+
+def sustained_milliseconds(run: Run, alone: float, seconds: float) -> float:
+    """Mean time of a run without a pause between runs, in the second half of ``seconds``: a GPU's clocks fall to what
+    its power allows. alone: about how many milliseconds a run takes."""
+    times = max(1, int(seconds * 500 / alone))
+
+    def half() -> None:
+        for _ in range(times):
+            run()
+
+    half()
+    return _between(half) / times
+
+
+def turns(size: int, *, most: int = 16) -> int:
+    """How many sets of memory take turns, so that what a call goes through, ``size`` bytes, has left the GPU's cache
+    when it comes again."""
+    return max(2, min(most, int(CACHE_BYTES / size)))
+
+
+def _between(run: Run) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))

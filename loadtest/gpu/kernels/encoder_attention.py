@@ -8,13 +8,10 @@ The plain variants are slow, so they and NumPy run a tiny shape. How many sector
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,30 +26,24 @@ from kernels.encoder_attention import (
     reference,
     simple_attention,
 )
-from loadtest.gpu.timing import graph_milliseconds
+from loadtest.gpu.kernels import report
+from loadtest.gpu.kernels.report import Rates, Row
+from loadtest.gpu.timing import graph_milliseconds, turns
 
-Row = dict[str, object]
-PRODUCTS = 752e12
-"""Operations a second of a large FP16 matrix product on an H100: the arithmetic bound."""
-BANDWIDTH = 3.0e12
-"""Bytes a second of a device copy on an H100."""
 SHAPES = ((1, 20), (2, 20), (4, 20), (16, 20), (64, 20), (16, 6), (16, 8), (16, 12), (16, 16))
 """Windows and heads."""
 TINY = (1, 64, 6)
-CACHE_BYTES = 200e6
-"""Several times a GPU's cache: so much memory is gone through before any of it comes again."""
 
 
 def measure(shapes: tuple[tuple[int, int], ...] = SHAPES, positions: int = 1500) -> list[Row]:
-    """Milliseconds a call of each kernel, and of PyTorch's attention by its own choice and by two named backends."""
-    return [row for batch, heads in shapes for row in _rows(batch, positions, heads)]
+    """Milliseconds a call of each kernel, and of PyTorch's attention by its own choice and by two named backends; then
+    the plain variants."""
+    return [row for batch, heads in shapes for row in _rows(batch, positions, heads)] + _plain()
 
 
 def _rows(batch: int, positions: int, heads: int) -> list[Row]:
-    flop = 4 * batch * heads * positions**2 * 64
-    bytes_moved = batch * positions * heads * 64 * 2 * 4
-    sets = max(2, min(16, int(CACHE_BYTES / bytes_moved)))
-    given = [_projections(batch, positions, heads) for _ in range(sets)]
+    moved = batch * positions * heads * 64 * 2 * 4
+    given = [_projections(batch, positions, heads) for _ in range(turns(moved))]
     out = torch.empty(batch, positions, heads * 64, dtype=torch.float16, device="cuda")
 
     def library(qkv: Tensor) -> Tensor:
@@ -61,38 +52,38 @@ def _rows(batch: int, positions: int, heads: int) -> list[Row]:
     def timed(run: Callable[[Tensor], Tensor]) -> float:
         return graph_milliseconds([partial(run, x) for x in given])
 
-    beside = {"pytorch_milliseconds": timed(library)}
-    for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+    chosen, named = timed(library), {}
+    for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("FlashAttention-2", SDPBackend.FLASH_ATTENTION)):
         with sdpa_kernel(backend):
-            beside[f"pytorch_{name}_milliseconds"] = timed(library)
-    bound = max(flop / PRODUCTS, bytes_moved / BANDWIDTH) * 1e3
-    rows: list[Row] = []
-    for kernel in (encoder_attention, portable_attention):
-        milliseconds = timed(partial(kernel, heads=heads, out=out))
-        rows.append(
-            {
-                "name": kernel.__name__,
-                "shape": [batch, positions, heads, 64],
-                "milliseconds": milliseconds,
-                "teraflops": flop / milliseconds / 1e9,
-                "of_bound": bound / milliseconds,
-                **beside,
-            }
+            named[f"PyTorch's {name}, ms"] = timed(library)
+    return [
+        Row(
+            kernel.__name__,
+            _shape(batch, positions, heads),
+            timed(partial(kernel, heads=heads, out=out)),
+            bytes=moved,
+            flop=4 * batch * heads * positions**2 * 64,
+            library=chosen,
+            more=named,
         )
-    return rows
+        for kernel in (encoder_attention, portable_attention)
+    ]
 
 
-def measure_plain() -> list[Row]:
+def _plain() -> list[Row]:
     """The two plain variants and NumPy on a tiny shape, and the plain ones on one window of the tiny model."""
     qkv, window = _projections(*TINY), _projections(1, 1500, 6)
     rows: list[Row] = []
     for variant in SIMPLE_VARIANTS:
         for given in (qkv, window):
             milliseconds = graph_milliseconds([partial(simple_attention, given, given.shape[3], variant)])
-            rows.append({"name": variant, "shape": list(given.shape), "milliseconds": milliseconds})
+            rows.append(Row(variant, _shape(given.shape[0], given.shape[1], given.shape[3]), milliseconds))
     array = qkv.cpu().numpy().astype(np.float32)
-    rows.append({"name": "numpy", "shape": list(qkv.shape), "milliseconds": _host_milliseconds(array)})
-    return rows
+    return [*rows, Row("NumPy", _shape(*TINY), _host_milliseconds(array))]
+
+
+def _shape(batch: int, positions: int, heads: int) -> str:
+    return f"{batch} × {positions} × {heads} × 64"
 
 
 def _host_milliseconds(qkv: np.ndarray) -> float:
@@ -121,18 +112,14 @@ def _launch_plain() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser = report.parser(__doc__)
     parser.add_argument("--plain-only", action="store_true", help="launch the two plain variants once, for ncu")
     options = parser.parse_args()
     if options.plain_only:
         _launch_plain()
-        return
-    rows = measure() + measure_plain()
-    for row in rows:
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+    else:
+        rates = Rates.measured()
+        report.publish(measure(), rates, options)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.log_mel import HOP_LENGTH, N_FFT, PAIRS, SAMPLE_RATE, WINDOW_SAMPLES, LogMelKernel, mel_filters, pack
+from loadtest.gpu.kernels import report
+from loadtest.gpu.kernels.report import Row
 from loadtest.gpu.timing import graph_milliseconds
 
-Row = dict[str, object]
-BANDWIDTH = 3.0e12
-"""Bytes a second of a device copy on an H100."""
 TILES = (4, 8, 16, 32)
 """Pairs of frames: 80, 160, 320 and 640 ms of audio."""
 
@@ -41,97 +38,88 @@ def noise(windows: int, seconds: float, decades: float) -> list[Tensor]:
 
 
 def measure(windows: int = 128) -> list[Row]:
-    """Milliseconds for ``windows`` of 30 s, then for fewer and for shorter ones."""
+    """Milliseconds for ``windows`` of 30 s, then for fewer and for shorter ones, then with samples on the host."""
     device = torch.device("cuda")
     samples, offsets, lengths = pack(noise(windows, 30, 3.5))
     offsets, lengths = offsets.to(device), lengths.to(device)
     on_gpu, floats = samples.to(device), samples.to(device).float() / 32768
     pinned = samples.pin_memory()
+    whole = F.pad(floats, (0, windows * WINDOW_SAMPLES - len(floats))).view(windows, WINDOW_SAMPLES)
+    filters, hann = torch.from_numpy(mel_filters(80)).to(device), torch.hann_window(N_FFT, device=device)
+
+    def openai(audio: Tensor) -> float:
+        return graph_milliseconds([lambda: openai_log_mel(audio, filters, hann)])
+
     rows: list[Row] = []
 
-    def add(name: str, run: Callable[[], object], size: int, **more: object) -> float:
-        milliseconds = graph_milliseconds([run])
-        bound = size / BANDWIDTH * 1e3
-        rows.append(
-            {"name": name, "milliseconds": milliseconds, "bytes": size, "of_bound": bound / milliseconds, **more}
-        )
-        return milliseconds
-
-    for pairs in TILES:
-        kernel = LogMelKernel(80, device, pairs=pairs)
-        out = torch.empty(windows, 80, 3000, device=device)
-        add(
-            f"tiles of {pairs * 20} ms",
-            lambda kernel=kernel, out=out: kernel(on_gpu, offsets, lengths, out),  # type: ignore[misc]
-            samples.nbytes + out.nbytes,
-            windows=windows,
-        )
-    for n_mels in (80, 128):
-        kernel = LogMelKernel(n_mels, device)
-        for dtype, frames_first in ((torch.float32, False), (torch.float16, False), (torch.float16, True)):
-            for source in (on_gpu, floats):
-                out = kernel(source, offsets, lengths, dtype=dtype, frames_first=frames_first)
-                add(
-                    f"{n_mels} bands, {source.dtype} to {dtype}{', frames first' * frames_first}",
-                    lambda s=source, k=kernel, o=out, d=dtype, f=frames_first: k(  # type: ignore[misc]
-                        s, offsets, lengths, o, dtype=d, frames_first=f
-                    ),
-                    source.nbytes + out.nbytes,
-                    windows=windows,
-                )
+    def add(
+        name: str, run: Callable[[], object], size: int, count: int = windows, library: float | None = None
+    ) -> None:
+        rows.append(Row(name, f"{count} windows", graph_milliseconds([run]), bytes=size, library=library))
 
     kernel = LogMelKernel(80, device)
     out = torch.empty(windows, 80, 3000, device=device)
-    for few in (1, 8, 32):
-        add(
-            f"{few} windows",
-            lambda few=few: kernel(on_gpu, offsets[:few], lengths[:few], out[:few]),  # type: ignore[misc]
-            (samples.nbytes + out.nbytes) * few // windows,
-            windows=few,
-        )
+    size = samples.nbytes + out.nbytes
+    add("log-mel", lambda: kernel(on_gpu, offsets, lengths, out), size, library=openai(whole))
+    one = partial(kernel, on_gpu, offsets[:1], lengths[:1], out[:1])
+    add("log-mel", one, size // windows, 1, library=openai(whole[0]))
+    for few in (8, 32):
+        add("log-mel", partial(kernel, on_gpu, offsets[:few], lengths[:few], out[:few]), size * few // windows, few)
     narrow = pack(noise(windows, 30, 1.0))[0].to(device)
-    add("nothing under the floor", lambda: kernel(narrow, offsets, lengths, out), samples.nbytes + out.nbytes)
+    add("log-mel, nothing under the floor", lambda: kernel(narrow, offsets, lengths, out), size)
     short = torch.full_like(lengths, 5 * SAMPLE_RATE)
-    add("5 s of 30", lambda: kernel(on_gpu, offsets, short, out), samples.nbytes // 6 + out.nbytes, windows=windows)
+    add("log-mel, 5 s of 30", lambda: kernel(on_gpu, offsets, short, out), samples.nbytes // 6 + out.nbytes)
+    for pairs in TILES:
+        tiled = LogMelKernel(80, device, pairs=pairs)
+        add(f"log-mel, tiles of {pairs * 20} ms", partial(tiled, on_gpu, offsets, lengths, out), size)
+    for n_mels in (80, 128):
+        banded = LogMelKernel(n_mels, device)
+        for dtype, frames_first in ((torch.float32, False), (torch.float16, False), (torch.float16, True)):
+            for source in (on_gpu, floats):
+                into = banded(source, offsets, lengths, dtype=dtype, frames_first=frames_first)
+                kinds = f"{source.dtype} to {dtype}".replace("torch.", "")
+                add(
+                    f"log-mel, {n_mels} bands, {kinds}{', frames first' * frames_first}",
+                    partial(banded, source, offsets, lengths, into, dtype=dtype, frames_first=frames_first),
+                    source.nbytes + into.nbytes,
+                )
+    in_turn = graph_milliseconds([lambda: [openai_log_mel(window, filters, hann) for window in whole]])
+    return [
+        *rows,
+        Row("log-mel by PyTorch, one window after the other", f"{windows} windows", in_turn),
+        *_from_host(kernel, pinned, on_gpu, offsets, lengths, out),
+    ]
 
+
+def _from_host(
+    kernel: LogMelKernel, pinned: Tensor, on_gpu: Tensor, offsets: Tensor, lengths: Tensor, out: Tensor
+) -> list[Row]:
+    """With the samples in pinned host memory; their copy alone is the bus's bound."""
     copied = torch.empty_like(on_gpu)
-    bus = add("copy to the GPU alone", lambda: copied.copy_(pinned, non_blocking=True), samples.nbytes)
+
+    def copy() -> None:
+        copied.copy_(pinned, non_blocking=True)
 
     def staged() -> None:
-        copied.copy_(pinned, non_blocking=True)
+        copy()
         kernel(copied, offsets, lengths, out)
 
-    add("copy, then the kernel", staged, samples.nbytes, of_bus=bus / graph_milliseconds([staged]))
-    for pairs in (PAIRS, 32):
-        reading = LogMelKernel(80, device, pairs=pairs)
+    bus = graph_milliseconds([copy])
 
-        def in_place(reading: LogMelKernel = reading) -> None:
-            reading(pinned, offsets, lengths, out)
+    def row(name: str, run: Callable[[], object]) -> Row:
+        taken = graph_milliseconds([run])
+        return Row(f"log-mel, {name}", f"{len(lengths)} windows", taken, more={"of the bus": bus / taken})
 
-        taken = graph_milliseconds([in_place])
-        add(f"host memory, tiles of {pairs * 20} ms", in_place, samples.nbytes, of_bus=bus / taken)
-
-    filters, hann = torch.from_numpy(mel_filters(80)).to(device), torch.hann_window(N_FFT, device=device)
-    whole = F.pad(floats, (0, windows * WINDOW_SAMPLES - len(floats))).view(windows, WINDOW_SAMPLES)
-    size = floats.nbytes + out.nbytes
-    add("PyTorch, all windows at once", lambda: openai_log_mel(whole, filters, hann), size, windows=windows)
-    add(
-        "PyTorch, one after the other", lambda: [openai_log_mel(w, filters, hann) for w in whole], size, windows=windows
-    )
-    add("PyTorch, one window", lambda: openai_log_mel(whole[0], filters, hann), size // windows, windows=1)
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    options = parser.parse_args()
-    rows = measure()
-    for row in rows:
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+    reading = {pairs: LogMelKernel(80, out.device, pairs=pairs) for pairs in (PAIRS, 32)}
+    return [
+        Row("samples copied to the GPU", f"{len(lengths)} windows", bus),
+        row("copy, then the kernel", staged),
+        *(
+            row(f"host memory, tiles of {pairs * 20} ms", partial(reader, pinned, offsets, lengths, out))
+            for pairs, reader in reading.items()
+        ),
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    report.main(measure, __doc__)
