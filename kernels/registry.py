@@ -18,6 +18,7 @@ from kernels import (
     linear,
     log_mel,
     next_token,
+    persistent_step,
     self_attention,
 )
 from kernels.compile import Build, CompileError, Resources, is_compiled, resources
@@ -31,6 +32,7 @@ MODULES = (
     linear,
     log_mel,
     next_token,
+    persistent_step,
     self_attention,
 )
 BUILDS: tuple[Build, ...] = tuple(made for module in MODULES for made in module.BUILDS)

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import embedding, latent_attention, self_attention
+from kernels import embedding, latent_attention, persistent_step, self_attention
+from kernels.persistent_step import PersistentStep
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.layers import Linear, Mlp, Weights
 from serve_app.engine.precision import Compute
@@ -66,7 +67,10 @@ class CrossAttention:
         head = width // n_head
         self.key = attention.product("key.weight").view(n_head, head, width)
         # [heads, d, head]: applied to the weighted sum of encoder states
-        self.value = attention.product("value.weight").view(n_head, head, width).transpose(1, 2).contiguous()
+        self._value_weight = attention.product("value.weight")
+        self.value = self._value_weight.view(n_head, head, width).transpose(1, 2)
+        if not weights.compute.has_kernels:
+            self.value = self.value.contiguous()  # a CPU's products are slower without
         out = attention.exact("out.weight") @ attention.exact("value.bias") + attention.exact("out.bias")
         compute = weights.compute
         self.out = Linear(attention.product("out.weight"), out.to(compute.dtype))
@@ -86,6 +90,11 @@ class CrossAttention:
         mixed = torch.bmm(summed.transpose(0, 1), self.value)  # [heads, n, head]
         return self.out(mixed.transpose(0, 1).reshape(n, width))
 
+    def ready(self, state: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Fills keys and values, [1500, d] each, of a window's state; the value bias is in the output's."""
+        torch.mm(state, self.key.view_as(self._value_weight).T, out=keys)
+        torch.mm(state, self._value_weight.T, out=values)
+
 
 class DecoderBlock:
     def __init__(self, weights: Weights, n_head: int, keys: Tensor, values: Tensor):
@@ -100,6 +109,34 @@ class DecoderBlock:
         y = self.self_attention.step(self.self_attention.norm(residual, y), positions)
         y = self.cross_attention(self.cross_attention.norm(residual, y), states)
         return self.mlp.into(residual, self.mlp_norm(residual, y))
+
+    def tensors(self, cross_keys: Tensor, cross_values: Tensor) -> persistent_step.Layer:
+        mine, cross, mlp = self.self_attention, self.cross_attention, self.mlp
+        qkv, out, query, cross_out = mine.qkv, mine.out, cross.query, cross.out
+        return persistent_step.Layer(
+            self_norm_weight=mine.norm.weight,
+            self_norm_bias=mine.norm.bias,
+            qkv_weight=qkv.weight,
+            qkv_bias=qkv.known_bias,
+            self_out_weight=out.weight,
+            self_out_bias=out.known_bias,
+            self_keys=mine.keys,
+            self_values=mine.values,
+            cross_norm_weight=cross.norm.weight,
+            cross_norm_bias=cross.norm.bias,
+            query_weight=query.weight,
+            query_bias=query.known_bias,
+            cross_keys=cross_keys,
+            cross_values=cross_values,
+            cross_out_weight=cross_out.weight,
+            cross_out_bias=cross_out.known_bias,
+            mlp_norm_weight=self.mlp_norm.weight,
+            mlp_norm_bias=self.mlp_norm.bias,
+            up_weight=mlp.up.weight,
+            up_bias=mlp.up.known_bias,
+            down_weight=mlp.down.weight,
+            down_bias=mlp.down.known_bias,
+        )
 
     def prefill(self, residual: Tensor, y: Tensor | None, states: Tensor, slot: int) -> Tensor | None:
         y = self.self_attention.prefill(self.self_attention.norm(residual, y), slot)
@@ -131,6 +168,37 @@ class Decoder:
         self.states = torch.zeros(
             slots, dims.n_audio_ctx, dims.n_audio_state, device=compute.device, dtype=compute.dtype
         )
+
+        self._few: dict[int, PersistentStep] = {}
+        if compute.has_kernels and persistent_step.available(compute.device):
+            self._prepare_few()
+
+    def _prepare_few(self) -> None:
+        """For one or two windows a step is one kernel, and cross-attention has ready keys and values."""
+        dims, few = self.dims, max(persistent_step.SLOTS)
+        shape = dims.n_text_layer, 2, few, dims.n_audio_ctx, dims.n_text_state
+        self._ready = torch.zeros(shape, device=self.compute.device, dtype=self.compute.dtype)
+        layers = [block.tensors(*ready) for block, ready in zip(self.blocks, self._ready, strict=True)]
+        for slots in (n for n in persistent_step.SLOTS if n <= self.slots):
+            self._few[slots] = PersistentStep(
+                layers, self.embedding, self.positions, self.norm.weight, self.norm.bias, slots
+            )
+
+    @property
+    def few(self) -> int:
+        """Up to so many slots there is ``step_few``."""
+        return max(self._few, default=0)
+
+    @torch.inference_mode()
+    def ready(self, slot: int) -> None:
+        """Makes a loaded state's keys and values for ``step_few``."""
+        for block, (keys, values) in zip(self.blocks, self._ready, strict=True):
+            block.cross_attention.ready(self.states[slot], keys[slot], values[slot])
+
+    @torch.inference_mode()
+    def step_few(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """As ``step``, for up to ``few`` slots that are ``ready``."""
+        return self._few[len(tokens)](tokens, positions)
 
     @torch.inference_mode()
     def load(self, slot: int, state: Tensor) -> None:

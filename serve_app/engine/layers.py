@@ -57,6 +57,11 @@ class Linear:
         fits = weight.dtype == torch.float16 and all(size % 64 == 0 for size in weight.shape)
         self._has_kernel = fits and linear.available(weight.device)
 
+    @property
+    def known_bias(self) -> Tensor:
+        assert self.bias is not None
+        return self.bias
+
     def _fuses(self, x: Tensor) -> bool:
         return self._has_kernel and x.numel() >= MANY_ROWS * x.shape[-1]
 

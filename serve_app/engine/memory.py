@@ -10,11 +10,13 @@ import time
 
 import torch
 
+from kernels import persistent_step
 from serve_app.engine.checkpoint import Dims
 
 logger = logging.getLogger(__name__)
 
-MiB, GiB = 2**20, 2**30
+GiB = 2**30
+FEW = max(persistent_step.SLOTS)
 
 CONTEXT_BYTES = 1 * GiB
 """Of a process on a GPU, whatever it computes: CUDA's context, the libraries' code and workspaces."""
@@ -33,7 +35,8 @@ class OutOfShare(RuntimeError):
 def decoder_bytes(dims: Dims, number: int) -> int:
     """Of the decoder without slots: context, weights."""
     d = dims.n_text_state
-    return CONTEXT_BYTES + number * (dims.n_text_layer * 16 * d * d + (dims.n_vocab + dims.n_text_ctx) * d)
+    ready = dims.n_text_layer * 2 * FEW * dims.n_audio_ctx * d  # keys and values of windows decoded alone
+    return CONTEXT_BYTES + number * (dims.n_text_layer * 16 * d * d + (dims.n_vocab + dims.n_text_ctx) * d + ready)
 
 
 def slot_bytes(dims: Dims, number: int) -> int:

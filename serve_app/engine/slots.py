@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from kernels import persistent_step
 from kernels.next_token import DETECT, Field, NextToken, Rules, idle_states, new_state
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.decoder import Decoder
@@ -44,6 +45,7 @@ class _Slot:
     prompt: tuple[int, ...]
     attempt: int = 0  # index of the temperature
     released: bool = False
+    is_ready: bool = False  # has keys and values in its row
     position: int = 0  # as last seen
     sampled: list[int] = field(default_factory=list)
     best: DecodedWindow | None = None  # of the attempts that failed the checks
@@ -78,6 +80,8 @@ class SlotDecoder:
         self._reports: deque[_Report] = deque()
         self._on_gpu = compute.device.type == "cuda"
         self.advance = SizedGraphs(self._step, buckets(slots)) if compute.has_kernels else self._step
+        few = [n for n in persistent_step.SLOTS if n <= self.decoder.few]
+        self._advance_few = SizedGraphs(self._step_few, few) if few else None
         # on a GPU a step is running while the one before is read
         self._lag = 1 if self._on_gpu else 0
 
@@ -119,12 +123,28 @@ class SlotDecoder:
     def step(self) -> list[tuple[str, DecodedWindow]]:
         """Advances every occupied slot by one token; returns what has ended."""
         if self._slots:
-            self.advance(len(self._slots))
+            self._start_step()
             self._reports.append(self._report())
         done: list[tuple[str, DecodedWindow]] = []
         while len(self._reports) > self._lag:
             done += self._read(self._reports.popleft())
         return done
+
+    def _start_step(self) -> None:
+        n = len(self._slots)
+        if self._advance_few is None or n > self.decoder.few:
+            self.advance(n)
+            return
+        for slot in self._slots:
+            if not slot.is_ready:
+                self.decoder.ready(slot.row)
+                slot.is_ready = True
+        self._advance_few(n)
+
+    def _step_few(self, n: int) -> None:
+        """As ``_step``."""
+        states = self.states[:n]
+        self._choose(self.decoder.step_few(states[:, Field.TOKEN], states[:, Field.POSITION]), states)
 
     def _step(self, n: int) -> None:
         """One step of the first n slots, on the device."""
@@ -212,7 +232,7 @@ class SlotDecoder:
             self.decoder.move(last.row, slot.row, length)
             self.states[slot.row].copy_(self.states[last.row])
             self._slots[slot.row] = last
-            freed, last.row = last.row, slot.row
+            freed, last.row, last.is_ready = last.row, slot.row, False
         else:
             freed = slot.row
         self.states[freed, Field.FINISHED] = 1

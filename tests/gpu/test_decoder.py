@@ -1,0 +1,85 @@
+"""The decoder's two ways of a step on a GPU, beside the decoder in float32 on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.persistent_step import SLOTS, WIDTHS
+from loadtest.gpu.work import MODELS, random_weights
+from serve_app.engine.checkpoint import Checkpoint
+from serve_app.engine.decoder import Decoder
+from serve_app.engine.precision import Compute
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def checkpoint(width: int, vocabulary: int) -> Checkpoint:
+    """Two layers of random weights."""
+    heads = width // 64
+    dims = replace(
+        MODELS["turbo"],
+        n_audio_state=width,
+        n_text_state=width,
+        n_audio_head=heads,
+        n_text_head=heads,
+        n_audio_layer=1,
+        n_text_layer=2,
+        n_vocab=vocabulary,
+    )
+    weights = random_weights(dims, torch.device("cpu"), torch.float16)
+    return Checkpoint("random", dims, weights, alignment_heads=None, source="random")
+
+
+@pytest.mark.parametrize("vocabulary", [51864, 51865, 51866])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("n", [*SLOTS, 5])
+def test_steps_have_the_logits_of_float32(width: int, n: int, vocabulary: int) -> None:
+    if vocabulary != 51866 and width != 384:
+        pytest.skip("one width for the other vocabularies")
+    made = checkpoint(width, vocabulary)
+    exact = Decoder(made, Compute.resolve("cpu", "float32"), n)
+    decoder = Decoder(made, Compute.resolve("cuda", "float16"), n)
+    generator = torch.Generator().manual_seed(n)
+    for slot in range(n):
+        state = torch.randn(1500, width, generator=generator).half()
+        exact.load(slot, state.float())
+        decoder.load(slot, state.cuda())
+        if slot < decoder.few:
+            decoder.ready(slot)
+    ways = [decoder.step, decoder.step_few] if n <= decoder.few else [decoder.step]
+    lengths = torch.arange(n, dtype=torch.int32)  # slots at different places
+    for slot in range(1, n):
+        exact.prefill(slot, list(range(slot)))
+        decoder.prefill(slot, list(range(slot)))
+    for step in range(70):  # past the first positions that a group of lanes takes together
+        tokens = torch.randint(0, 50000, (n,), generator=generator, dtype=torch.int32)
+        positions = lengths + step
+        expected = exact.step(tokens, positions)
+        for way in ways:
+            logits = way(tokens.cuda(), positions.cuda())
+            assert logits.shape == (n, vocabulary)
+            error = (logits.cpu() - expected).norm() / expected.norm()
+            assert float(error) < 5e-3, (way.__name__, step)
+
+
+def test_the_last_position_of_the_context() -> None:
+    made = checkpoint(384, 51866)
+    exact, decoder = (Decoder(made, Compute.resolve(*where), 1) for where in (("cpu", "float32"), ("cuda", "float16")))
+    state = torch.randn(1500, 384, generator=torch.Generator().manual_seed(1)).half()
+    exact.load(0, state.float())
+    decoder.load(0, state.cuda())
+    decoder.ready(0)
+    exact.prefill(0, list(range(447)))
+    decoder.prefill(0, list(range(447)))
+    for position in (447, 448):  # the second is that of a slot whose context is full
+        tokens, positions = torch.tensor([7], dtype=torch.int32), torch.tensor([position], dtype=torch.int32)
+        expected = exact.step(tokens, positions)
+        for way in (decoder.step, decoder.step_few):
+            logits = way(tokens.cuda(), positions.cuda()).cpu()
+            assert float((logits - expected).norm() / expected.norm()) < 5e-3
