@@ -25,6 +25,7 @@ from loadtest.gpu.kernels import (
     linear,
     log_mel,
     next_token,
+    persistent_step,
     report,
     self_attention,
 )
@@ -40,6 +41,7 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "self_attention": self_attention.measure,
     "latent_attention": latent_attention.measure,
     "next_token": next_token.measure,
+    "persistent_step": persistent_step.measure,
 }
 
 
