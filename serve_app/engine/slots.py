@@ -43,10 +43,10 @@ class _Slot:
     task: SlotTask
     row: int
     prompt: tuple[int, ...]
+    position: int  # as last seen: so much of the context is computed
     attempt: int = 0  # index of the temperature
     released: bool = False
     is_ready: bool = False  # has keys and values in its row
-    position: int = 0  # as last seen
     sampled: list[int] = field(default_factory=list)
     best: DecodedWindow | None = None  # of the attempts that failed the checks
 
@@ -105,7 +105,8 @@ class SlotDecoder:
             raise ValueError(f"{len(tasks)} windows for {self.free} free slots")
         entered = []
         for row, task in enumerate(tasks, start=len(self._slots)):
-            slot = _Slot(task, row, self.tokens.prompt(task.options.prompt))
+            prompt = self.tokens.prompt(task.options.prompt)
+            slot = _Slot(task, row, prompt, position=len(prompt))
             self.decoder.load(row, task.state)
             if slot.prompt:
                 self.decoder.prefill(row, slot.prompt)

@@ -107,6 +107,16 @@ def test_a_window_ends_at_the_most_tokens_it_may_have(
     assert drain(decoder)["a"].tokens == tiny_expected[0].tokens[:max_tokens]
 
 
+def test_a_window_that_changes_its_slot_keeps_its_prompt(tiny: Checkpoint, tiny_states: torch.Tensor) -> None:
+    prompted = SlotTask("b", tiny_states[1], DecodeOptions(language="en", prompt="The quick brown fox. " * 5))
+    decoder = SlotDecoder(tiny, FLOAT32, 2)
+    decoder.admit([prompted])
+    expected = drain(decoder)["b"].tokens
+    decoder.admit([SlotTask("a", tiny_states[0], DecodeOptions(language="en")), prompted])
+    decoder.cancel({"a"})  # before its first step: the second takes the first's slot
+    assert drain(decoder)["b"].tokens == expected
+
+
 def test_more_windows_than_slots_are_refused(tiny: Checkpoint, tiny_states: torch.Tensor) -> None:
     decoder = SlotDecoder(tiny, FLOAT32, 1)
     with pytest.raises(ValueError, match="2 windows for 1 free slots"):
