@@ -111,10 +111,12 @@ def test_a_window_that_changes_its_slot_keeps_its_prompt(tiny: Checkpoint, tiny_
     prompted = SlotTask("b", tiny_states[1], DecodeOptions(language="en", prompt="The quick brown fox. " * 5))
     decoder = SlotDecoder(tiny, FLOAT32, 2)
     decoder.admit([prompted])
-    expected = drain(decoder)["b"].tokens
+    expected = drain(decoder)["b"]
     decoder.admit([SlotTask("a", tiny_states[0], DecodeOptions(language="en")), prompted])
     decoder.cancel({"a"})  # before its first step: the second takes the first's slot
-    assert drain(decoder)["b"].tokens == expected
+    moved = drain(decoder)["b"]
+    assert moved.tokens == expected.tokens
+    assert moved.avg_logprob == pytest.approx(expected.avg_logprob, abs=1e-4)
 
 
 def test_more_windows_than_slots_are_refused(tiny: Checkpoint, tiny_states: torch.Tensor) -> None:
