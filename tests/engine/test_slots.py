@@ -109,9 +109,10 @@ def test_a_window_ends_at_the_most_tokens_it_may_have(
 
 def test_a_window_that_changes_its_slot_keeps_its_prompt(tiny: Checkpoint, tiny_states: torch.Tensor) -> None:
     prompted = SlotTask("b", tiny_states[1], DecodeOptions(language="en", prompt="The quick brown fox. " * 5))
+    alone = SlotDecoder(tiny, FLOAT32, 1)
+    alone.admit([prompted])
+    expected = drain(alone)["b"]
     decoder = SlotDecoder(tiny, FLOAT32, 2)
-    decoder.admit([prompted])
-    expected = drain(decoder)["b"]
     decoder.admit([SlotTask("a", tiny_states[0], DecodeOptions(language="en")), prompted])
     decoder.cancel({"a"})  # before its first step: the second takes the first's slot
     moved = drain(decoder)["b"]
