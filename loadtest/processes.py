@@ -1,4 +1,4 @@
-"""A server's processes, read from /proc: which there are, whether they still live, what memory they hold."""
+"""A server's processes, read from /proc: which there are, whether they still live, their memory and CPU time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Self
 
 PROC = Path("/proc")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 SAMPLE_INTERVAL_S = 0.05
 
 
@@ -85,6 +86,13 @@ def memory(pid: int) -> Memory | None:
     return Memory(resident * PAGE_BYTES, (resident - shared) * PAGE_BYTES)
 
 
+def cpu_seconds(pid: int) -> float | None:
+    """CPU time of the process, and of those of its children that have ended and been waited for; None where it has
+    ended."""
+    fields = _fields(pid)
+    return None if fields is None else sum(map(int, fields[11:15])) / TICKS_A_SECOND
+
+
 def title(pid: int) -> str:
     """The command line, as the process itself may have rewritten it."""
     try:
@@ -143,12 +151,17 @@ class MemoryWatch:
 
 def _stat(pid: int) -> tuple[Process, int] | None:
     """The process and its parent's id; None where it has ended, waited for or not."""
+    fields = _fields(pid)
+    return None if fields is None else (Process(pid, int(fields[19])), int(fields[1]))
+
+
+def _fields(pid: int) -> list[str] | None:
+    """Of its line in /proc, from its state on; None where it has ended, waited for or not."""
     try:
         text = (PROC / str(pid) / "stat").read_text(errors="replace")
     except OSError:
         return None
-    # proc(5): "pid (name) state ppid …", the 22nd field is the start time; the name may hold spaces and brackets.
+    # proc(5): "pid (name) state ppid …", the 14th to 17th fields are CPU time (user, system; ended children's), the
+    # 22nd is the start time; the name may hold spaces and brackets.
     fields = text[text.rindex(")") + 2 :].split()
-    if fields[0] in "ZX":
-        return None
-    return Process(pid, int(fields[19])), int(fields[1])
+    return None if fields[0] in "ZX" else fields

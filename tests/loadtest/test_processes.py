@@ -57,6 +57,30 @@ def test_another_process_under_the_same_id_is_not_the_same() -> None:
     assert not processes.alive(processes.Process(here.pid, here.started - 1))
 
 
+def test_cpu_time_grows_with_work_and_takes_in_children_that_ended() -> None:
+    def burn() -> None:
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
+
+    before = processes.cpu_seconds(os.getpid())
+    assert before is not None
+    burn()
+    alone = processes.cpu_seconds(os.getpid())
+    assert alone is not None
+    assert alone - before >= 0.15
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
+    after = processes.cpu_seconds(os.getpid())
+    assert after is not None
+    assert after - alone >= 0.25
+
+
+def test_a_process_that_ended_has_no_cpu_time() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert processes.cpu_seconds(ended.pid) is None
+
+
 def test_the_watch_sees_by_how_much_a_child_grows() -> None:
     with subprocess.Popen([sys.executable, "-c", GROWS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin is not None
