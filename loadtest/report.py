@@ -30,12 +30,13 @@ PACKAGES = (
 )
 
 
-def environment() -> dict[str, Any]:
-    """Command, date, commit, hardware and versions of this run, on this machine."""
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """Command, date, commit, hardware and versions of this run, on this machine. commit: where this code lies outside
+    of its repository."""
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "hardware": _hardware(),
         "versions": {"python": platform.python_version(), **_versions()},
     }

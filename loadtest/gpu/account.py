@@ -477,6 +477,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds for each precision (%(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try out what does without")
     parser.add_argument("--json", type=Path, help="write the raw results there")
+    parser.add_argument("--commit", help="commit of this code, where it lies outside of its repository")
     return parser.parse_args(arguments)
 
 
@@ -488,7 +489,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(table(found, missing))
     if options.json is not None:
         rows = [asdict(row) | {"times": row.times, "reached": row.reached} for row in found]
-        payload = {"environment": report.environment(), "model": options.model, "comparisons": rows, "missing": missing}
+        payload = {
+            "environment": report.environment(options.commit),
+            "model": options.model,
+            "comparisons": rows,
+            "missing": missing,
+        }
         report.write_json(options.json, payload)
     return 1 if missing or any(row.reached is False for row in found) else 0
 

@@ -428,6 +428,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--files", type=int, help="only so many recordings, spread over the set")
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--commit", help="commit of this code, where it lies outside of its repository")
     return parser.parse_args(arguments)
 
 
@@ -448,7 +449,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for system in systems
         ]
         payload = {
-            "environment": report.environment(),
+            "environment": report.environment(options.commit),
             "model": checkpoint.name,
             "device": options.device,
             "slots": options.slots,

@@ -232,7 +232,7 @@ def measure(dims: Dims, options: argparse.Namespace, console: Console) -> tuple[
     def keep(**more: Any) -> None:
         raw.update(more)
         if options.json is not None:
-            report.write_json(options.json, {"environment": report.environment(), **raw})
+            report.write_json(options.json, {"environment": report.environment(options.commit), **raw})
 
     console.print("the engine by itself …")
     alone = measure_engine(dims, options)
@@ -323,6 +323,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ways", type=lambda text: text.split(","), default=list(WAYS), help="of handle,http (both)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path, help="write the raw results there, anew after every step")
+    parser.add_argument("--commit", help="commit of this code, where it lies outside of its repository")
     options = parser.parse_args(arguments)
     if unknown := set(options.ways) - set(WAYS):
         parser.error(f"unknown ways: {', '.join(sorted(unknown))}; there are {', '.join(WAYS)}")
