@@ -151,9 +151,7 @@ class Decoder:
     ones dense when one in their middle is done.
     """
 
-    def __init__(self, checkpoint: Checkpoint, compute: Compute, slots: int, *, persistent: bool = False):
-        """persistent: with ``step_few``, where the GPU has its kernel. Off until that has run on a GPU and is
-        seen to be right and faster."""
+    def __init__(self, checkpoint: Checkpoint, compute: Compute, slots: int):
         dims = checkpoint.dims
         self.dims, self.compute, self.slots = dims, compute, slots
         weights = Weights(checkpoint.tensors, compute, "decoder.")
@@ -172,7 +170,7 @@ class Decoder:
         )
 
         self._few: dict[int, PersistentStep] = {}
-        if persistent and compute.has_kernels and persistent_step.available(compute.device):
+        if compute.has_kernels and persistent_step.available(compute.device):
             self._prepare_few()
 
     def _prepare_few(self) -> None:

@@ -9,10 +9,11 @@ import torch
 
 def buckets(most: int) -> list[int]:
     """Numbers of slots that get a graph, ascending, the last being ``most``: a step costs that of the bucket above it,
-    so they lie closer than a quarter apart, except for the first few."""
+    so they lie at most a quarter apart, except for the first few. Powers of two are among them."""
     sizes = [1, 2, 4]
     while sizes[-1] < most:
-        sizes.append(-(-sizes[-1] * 5 // 4 // 4) * 4 if sizes[-1] >= 16 else sizes[-1] + 4)
+        octave = 1 << (sizes[-1].bit_length() - 1)
+        sizes.append(sizes[-1] + max(4, octave // 4))
     return [size for size in sizes if size < most] + [most]
 
 

@@ -39,7 +39,9 @@ class Compute:
             # PyTorch's convolutions would round to ten bits of mantissa; who asks for float32 wants its tokens
             torch.backends.cudnn.allow_tf32 = False
             torch.backends.cuda.matmul.allow_tf32 = False
-        return cls(torch.device(device), DTYPES[dtype])
+        # with its number: several of PyTorch's calls take no other
+        where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+        return cls(where, DTYPES[dtype])
 
 
 def has_bfloat16_products() -> bool:

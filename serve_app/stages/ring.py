@@ -59,8 +59,9 @@ class Ring:
         gpu = gpu_of(device)
         assert gpu is not None
         self.gpu = gpu
-        torch.cuda.set_device(device)
         torch.cuda.init()
+        if device.index is not None:
+            torch.cuda.set_device(device)
         slot_bytes = _slot_bytes(self._shape, dtype)
         address = int(_checked(runtime.cudaMalloc(slots * slot_bytes)))
         handle = _checked(runtime.cudaIpcGetMemHandle(address))
@@ -152,7 +153,8 @@ class _OpenRing:
             _tensor(self._address + i * slot_bytes, descriptor.shape, descriptor.dtype, device)
             for i in range(len(handles) - 1)
         ]
-        self.events = [torch.cuda.Event.from_ipc_handle(device, handle) for handle in handles[1:]]
+        own = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+        self.events = [torch.cuda.Event.from_ipc_handle(own, handle) for handle in handles[1:]]
 
     def close(self) -> None:
         self.slots, self.events = [], []

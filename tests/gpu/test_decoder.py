@@ -44,7 +44,7 @@ def test_steps_have_the_logits_of_float32(width: int, n: int, vocabulary: int) -
         pytest.skip("one width for the other vocabularies")
     made = checkpoint(width, vocabulary)
     exact = Decoder(made, Compute.resolve("cpu", "float32"), n)
-    decoder = Decoder(made, Compute.resolve("cuda", "float16"), n, persistent=True)
+    decoder = Decoder(made, Compute.resolve("cuda", "float16"), n)
     generator = torch.Generator().manual_seed(n)
     for slot in range(n):
         state = torch.randn(1500, width, generator=generator).half()
@@ -71,7 +71,7 @@ def test_steps_have_the_logits_of_float32(width: int, n: int, vocabulary: int) -
 def test_the_last_position_of_the_context() -> None:
     made = checkpoint(384, 51866)
     exact, decoder = (
-        Decoder(made, Compute.resolve(*where), 1, persistent=True)
+        Decoder(made, Compute.resolve(*where), 1)
         for where in (("cpu", "float32"), ("cuda", "float16"))
     )
     state = torch.randn(1500, 384, generator=torch.Generator().manual_seed(1)).half()

@@ -34,7 +34,7 @@ def _rows(model: str) -> list[Row]:
     dims, device = work.MODELS[model], torch.device("cuda")
     weights = work.random_weights(dims, device, torch.float16)
     checkpoint = Checkpoint("random", dims, weights, alignment_heads=None, source="random")
-    decoder = Decoder(checkpoint, Compute.resolve("cuda", "float16"), max(SLOTS), persistent=True)
+    decoder = Decoder(checkpoint, Compute.resolve("cuda", "float16"), max(SLOTS))
     decoder.states.normal_()
     width, layers = dims.n_text_state, dims.n_text_layer
     rows: list[Row] = []
