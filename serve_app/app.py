@@ -16,6 +16,7 @@ from serve_app.api.routes import build_api
 from serve_app.batching.router import StageRouter
 from serve_app.engine.options import TranscribeOptions
 from serve_app.engine.transcript import Transcript
+from serve_app.scaling.readings import encode
 from serve_app.service import Transcriber
 from serve_app.settings import Settings, StageSettings
 from serve_app.stages.decoder import DecoderStage
@@ -63,6 +64,10 @@ class Api:
     ) -> Transcript:
         """For Python callers (``serve_app.client``): a file's bytes, or samples at ``sample_rate``."""
         return await self._transcriber.transcribe(audio, options, sample_rate=sample_rate)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for it where the deployment is autoscaled (``scaling.readings.CallerReading``)."""
+        return encode(self._transcriber.reading())
 
     async def __del__(self) -> None:
         await self._transcriber.close()

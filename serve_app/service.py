@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
+from serve_app import metrics
 from serve_app.audio.decode import AudioDecoder
 from serve_app.audio.pipeline import Windows
 from serve_app.audio.samples import pcm
@@ -27,9 +28,12 @@ from serve_app.engine.fallback import MAX_NO_SPEECH_PROB, DecodedWindow, is_spar
 from serve_app.engine.options import DecodeOptions, TranscribeOptions
 from serve_app.engine.tokens import Tokens
 from serve_app.engine.transcript import Segment, Transcript, assemble, window_segments
-from serve_app.errors import DeadlineExceeded, InvalidRequest, Overloaded, TranscriptionFailed
+from serve_app.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServiceError, TranscriptionFailed
+from serve_app.scaling.readings import CallerReading
+from serve_app.scaling.signals import PERIOD_S
 from serve_app.settings import Settings, known
 from serve_app.stages.decoder import ModelInfo
+from serve_app.stages.observed import replica_name
 from serve_app.stages.ring import RingDescriptor
 from serve_app.stages.transport import Descriptor, export_samples
 
@@ -50,6 +54,8 @@ class Transcriber:
         )
         self._encoder = BatchingHandle(stages["encoder"], credit=2 * known(settings.encoder.budget_windows))
         self._decoder = BatchingHandle(stages["decoder"], credit=model.slots + max(1, model.slots // 2))
+        self._stages = {"features": self._features, "encoder": self._encoder, "decoder": self._decoder}
+        self._observing: asyncio.Task[None] | None = None
         self.tokens = Tokens(model.dims)
         self._audio = AudioDecoder(settings.audio)
         self._detector = SpeechDetector()
@@ -61,17 +67,36 @@ class Transcriber:
 
     async def start(self) -> None:
         await self._audio.start()
+        self._observing = asyncio.create_task(self._observe())
 
     async def close(self) -> None:
+        if self._observing is not None:
+            self._observing.cancel()
         await self._audio.close()
 
     async def ready(self) -> dict[str, bool]:
         """By stage: is a replica of it up?"""
-        return {
-            "features": self._features.ready,
-            "encoder": self._encoder.ready,
-            "decoder": self._decoder.ready,
-        }
+        return {name: handle.ready for name, handle in self._stages.items()}
+
+    def reading(self) -> CallerReading:
+        """What waits here, for the autoscaling policy."""
+        queues = {name: handle.waiting() for name, handle in self._stages.items()}
+        values: dict[str, Any] = {}
+        for name, queue in queues.items():
+            values[f"{name}_windows"], values[f"{name}_s"] = queue.windows, queue.seconds
+            values[f"{name}_oldest_wait_s"] = queue.oldest_wait_s
+        return CallerReading(at=time.time(), active=self._active, **values)
+
+    async def _observe(self) -> None:
+        """Sets this replica's gauges once a second, for ever."""
+        replica = replica_name()
+        while True:
+            metrics.REQUESTS_ACTIVE.set(self._active, replica=replica)
+            for name, handle in self._stages.items():
+                queue = handle.waiting()
+                metrics.CREDIT_QUEUE.set(queue.windows, stage=name, replica=replica)
+                metrics.CREDIT_QUEUE_AUDIO.set(queue.seconds, stage=name, replica=replica)
+            await asyncio.sleep(PERIOD_S)
 
     async def transcribe(
         self, audio: bytes | BinaryIO | np.ndarray[Any, Any], options: TranscribeOptions, *, sample_rate: int = 16_000
@@ -80,6 +105,28 @@ class Transcriber:
 
         Raises the errors of ``serve_app.errors``. Cancelling it frees its work in every stage.
         """
+        began = time.monotonic()
+        outcome = "failed"
+        try:
+            transcript = await self._admitted(audio, options, sample_rate)
+            outcome = "done"
+        except ServiceError as error:
+            outcome = _outcome(error)
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            metrics.REQUESTS.add(outcome=outcome)
+        seconds = time.monotonic() - began
+        metrics.REQUEST_SECONDS.observe(seconds)
+        metrics.REQUEST_SPEED.observe(transcript.duration / max(seconds, 1e-6))
+        metrics.REQUEST_AUDIO.add(transcript.duration)
+        return transcript
+
+    async def _admitted(
+        self, audio: bytes | BinaryIO | np.ndarray[Any, Any], options: TranscribeOptions, sample_rate: int
+    ) -> Transcript:
         self._check(options)
         with self._admission():
             timeout = min(options.timeout_s or self._settings.request.timeout_s, self._settings.request.timeout_s)
@@ -176,7 +223,7 @@ class _Recording:
             try:
                 return await self._through_stages(window, prompt)
             except InputLost:
-                continue
+                metrics.STAGE_RETRIES.add(stage="features", reason="input_lost")  # where the window begins again
         raise TranscriptionFailed("replicas died again and again while part of the recording was transcribed")
 
     async def _through_stages(self, window: Window, prompt: str | None) -> DecodedWindow:
@@ -210,6 +257,7 @@ class _Recording:
             cost=cost,
             deadline=self._deadline,
             priority=self._options.priority,
+            seconds=len(window.samples) / SAMPLE_RATE,
             options=options,
             gpu=descriptor.gpu if isinstance(descriptor, RingDescriptor) else None,
             consumers=consumers,
@@ -218,6 +266,17 @@ class _Recording:
     def _seed(self, window: Window) -> int:
         """Who asks for a temperature wants variety; the fallback's sampling repeats for the same sound."""
         return random.getrandbits(32) if self._options.temperature > 0 else zlib.crc32(window.samples.tobytes())
+
+
+def _outcome(error: ServiceError) -> str:
+    """A request's, by its error."""
+    match error:
+        case Overloaded():
+            return "overloaded"
+        case DeadlineExceeded():
+            return "deadline"
+        case _:
+            return "invalid" if error.status < 500 else "failed"
 
 
 def _text(segments: list[Segment]) -> str:

@@ -94,6 +94,12 @@ class StageSettings(Section):
         None, ge=1, description="CPU threads of the engine; by default half of the machine's cores, at most 8"
     )
     max_queued_windows: int = Field(256, ge=1, description="windows a replica holds waiting before it refuses more")
+    warm_up_s: float = Field(
+        1.0,
+        ge=0,
+        description="seconds of full batches at a replica's start on a GPU, to learn the SM utilization they reach; "
+        "0: none, and full utilization is taken for that",
+    )
 
 
 class BatchStageSettings(StageSettings):

@@ -22,6 +22,7 @@ from typing import Any
 import ray.exceptions
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from serve_app import metrics
 from serve_app.batching.live import LIVE_REPLICAS, deployment_key
 from serve_app.batching.messages import Done, Event, Failed, InputLost, Refused, StageCall, StageWindow, Started
 from serve_app.batching.planner import PATIENCE_S
@@ -41,10 +42,21 @@ REFUSED_PAUSE_S = 0.2
 class _Pending:
     window: StageWindow
     result: asyncio.Future[Any]
+    arrived: float
     due: float
     attempts: int = 0
     deaths: int = 0
     running: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CreditQueue:
+    """Windows that wait at a caller until a replica can take them, the seconds of audio in them, and how long the first
+    has waited."""
+
+    windows: int
+    seconds: float
+    oldest_wait_s: float
 
 
 @dataclass(slots=True)
@@ -82,10 +94,11 @@ class BatchingHandle:
         """Is a replica of the stage up?"""
         return bool(LIVE_REPLICAS.of(self._key))
 
-    @property
-    def waiting(self) -> int:
-        """Windows that wait here for credit."""
-        return len(self._waiting)
+    def waiting(self) -> CreditQueue:
+        """What waits here for credit."""
+        arrived = min((pending.arrived for pending in self._waiting), default=None)
+        oldest = 0.0 if arrived is None else max(0.0, time.time() - arrived)
+        return CreditQueue(len(self._waiting), sum(pending.window.seconds for pending in self._waiting), oldest)
 
     @property
     def gpus(self) -> frozenset[str]:
@@ -99,14 +112,18 @@ class BatchingHandle:
         Raises DeadlineExceeded when its deadline passes first, TranscriptionFailed when it cannot be done, and whatever
         error the stage gave for it. Cancelling the call frees the window's place wherever it is.
         """
-        patience = PATIENCE_S[window.priority]
-        pending = _Pending(window, self._loop.create_future(), due=min(window.deadline, time.time() + patience))
+        now = time.time()
+        due = min(window.deadline, now + PATIENCE_S[window.priority])
+        pending = _Pending(window, self._loop.create_future(), arrived=now, due=due)
         self._waiting.append(pending)
         self._dispatch()
         try:
             async with asyncio.timeout(window.deadline - time.time()):
-                return await pending.result
+                result = await pending.result
+            metrics.STAGE_LATENCY.observe(time.time() - now, stage=self._stage)
+            return result
         except TimeoutError:
+            metrics.STAGE_ERRORS.add(stage=self._stage, reason="deadline")
             raise DeadlineExceeded(f"the deadline passed while a window was in the {self._stage} stage") from None
         finally:
             self._forget(pending)
@@ -218,6 +235,7 @@ class BatchingHandle:
         except Exception as other:  # whatever a stage call raises is its windows' error
             error = other
         for pending in self._unanswered(replica_id, batch):
+            metrics.STAGE_ERRORS.add(stage=self._stage, reason="failed")
             pending.result.set_exception(_failure(self._stage, error))
         self._dispatch()
 
@@ -243,6 +261,9 @@ class BatchingHandle:
             case Failed(window_id, error):
                 pending = replica.holds.pop(window_id, None)
                 if pending is not None and not pending.result.done():
+                    if not isinstance(error, InputLost):
+                        reason = "deadline" if isinstance(error, DeadlineExceeded) else "failed"
+                        metrics.STAGE_ERRORS.add(stage=self._stage, reason=reason)
                     pending.result.set_exception(error)
             case Refused(window_ids):
                 replica.closed_until = time.time() + REFUSED_PAUSE_S
@@ -250,6 +271,7 @@ class BatchingHandle:
                 for window_id in window_ids:
                     pending = replica.holds.pop(window_id, None)
                     if pending is not None and not pending.result.done():
+                        metrics.STAGE_RETRIES.add(stage=self._stage, reason="refused")
                         pending.attempts -= 1  # it was not tried
                         self._waiting.append(pending)
 
@@ -268,8 +290,10 @@ class BatchingHandle:
                     "window %s given up: %d attempts at the %s stage, running during %d deaths",
                     pending.window.window_id, pending.attempts, self._stage, pending.deaths,
                 )  # fmt: skip
+                metrics.STAGE_ERRORS.add(stage=self._stage, reason="gave_up")
                 pending.result.set_exception(_failure(self._stage, died))
             else:
+                metrics.STAGE_RETRIES.add(stage=self._stage, reason="replica_died")
                 self._waiting.append(pending)
 
 

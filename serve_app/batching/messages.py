@@ -14,8 +14,8 @@ class StageWindow:
 
     window_id: unique among all windows under way. input: descriptor of the tensor that the stage works on
     (``stages.transport``). cost: in the stage's own unit. deadline: seconds since the epoch, since it crosses machines.
-    options: how to decode, for the decoder. alone: share no batch. gpu: the GPU in whose memory the input lies; only
-    replicas there can take it. consumers: GPUs on which the next stage has replicas.
+    seconds: of audio in it. options: how to decode, for the decoder. alone: share no batch. gpu: the GPU in whose
+    memory the input lies; only replicas there can take it. consumers: GPUs on which the next stage has replicas.
     """
 
     window_id: str
@@ -23,6 +23,7 @@ class StageWindow:
     cost: float
     deadline: float
     priority: Priority = "normal"
+    seconds: float = 0.0
     options: DecodeOptions | None = None
     alone: bool = False
     gpu: str | None = None

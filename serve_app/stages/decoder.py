@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from serve_app.batching.planner import plan
-from serve_app.engine import memory
+from serve_app.engine import memory, work
 from serve_app.engine.checkpoint import Dims, load
 from serve_app.engine.fallback import DecodedWindow
+from serve_app.engine.options import DecodeOptions
 from serve_app.engine.precision import Compute
 from serve_app.engine.rules import rules_of
 from serve_app.engine.slots import SlotDecoder, SlotTask
@@ -16,6 +19,8 @@ from serve_app.settings import Settings, known
 from serve_app.stages.replica import Entry, StageReplica, logger
 from serve_app.stages.threads import use_threads
 from serve_app.stages.transport import Input, received_tensor
+
+WARM_UP_STEPS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,8 @@ class ModelInfo:
 class DecoderStage(StageReplica):
     """Replica of the decoder stage: a finished window's slot is taken by the next one between two steps."""
 
+    stage = "decoder"
+
     def __init__(self, settings: Settings):
         compute = Compute.resolve(settings.model.device, settings.model.compute)
         super().__init__(settings.decoder, compute.device)
@@ -40,6 +47,9 @@ class DecoderStage(StageReplica):
         self._info = ModelInfo(checkpoint.name, checkpoint.dims, slots)
         rules = rules_of(Tokens(checkpoint.dims).vocabulary, checkpoint.dims, settings.decoder.max_tokens)
         self._slots = SlotDecoder(checkpoint, compute, slots, rules)
+        self.budget = self.budget_bound = slots
+        self._operations = work.step_operations(checkpoint.dims)
+        self._begin_observing(self._full_steps)
 
     def _plan_slots(self, dims: Dims, compute: Compute) -> int:
         stage = self._decoder_settings
@@ -69,24 +79,47 @@ class DecoderStage(StageReplica):
                 continue  # the next step frees their slots
             for window_id, result in finished:
                 if window_id in self._running:
-                    self._done(self._running[window_id], result)
+                    self._done(self._running[window_id], result, tokens=len(result.tokens))
 
     def _step(self) -> list[tuple[str, DecodedWindow]]:
         """Frees the slots of windows that nobody waits for any more, and advances the others."""
         self._slots.cancel(self._slots.window_ids - self._running.keys())
-        return self._slots.step()
+        active = self._slots.active
+        if not active:
+            return self._slots.step()
+        with self.meter.running():
+            finished = self._slots.step()
+        self.meter.batch(active, active / self._info.slots, active * self._operations)
+        return finished
+
+    def _full_steps(self) -> float:
+        """Some steps of all slots. Of silence they tell nothing about how long a window takes."""
+        dims, compute = self._info.dims, self._slots.decoder.compute
+        state = torch.zeros((dims.n_audio_ctx, dims.n_audio_state), device=compute.device, dtype=compute.dtype)
+        options = DecodeOptions(language="en", timestamps=False)
+        self._slots.admit([SlotTask(str(i), state, options) for i in range(self._slots.free)])
+        for _ in range(WARM_UP_STEPS):
+            self._slots.step()
+        self._slots.cancel(self._slots.window_ids)
+        self._slots.step()  # reads what is left of the last one
+        return 0.0
 
     async def _admit(self) -> None:
         """Fills free slots from the queue. A window that must run alone waits until all slots are free, and keeps
         them to itself."""
         self._expire()
-        if not self._slots.free or any(entry.window.alone for entry in self._running.values()):
+        room = min(self._slots.free, int(self.budget) - self._slots.active)
+        if room <= 0 or any(entry.window.alone for entry in self._running.values()):
             return
-        planned = plan((e.waiting for e in self._queue.values()), budget=self._slots.free, padded=False)
+        planned = plan((e.waiting for e in self._queue.values()), budget=room, padded=False)
         if not planned or (planned[0].alone and self._slots.active):
             return
         taken = await self._take(planned)
-        await self._run(self._slots.admit, [_task(entry, state) for entry, state in taken])
+        await self._run(self._enter, [_task(entry, state) for entry, state in taken])
+
+    def _enter(self, tasks: list[SlotTask]) -> None:
+        with self.meter.running():
+            self._slots.admit(tasks)
 
 
 def _task(entry: Entry, state: Input) -> SlotTask:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serve_app.engine import memory
+from serve_app.engine import memory, work
 from serve_app.engine.checkpoint import load
+from serve_app.engine.constants import WINDOW_SECONDS
 from serve_app.engine.encoder import Encoder
 from serve_app.engine.precision import Compute
 from serve_app.settings import Settings, known
@@ -18,18 +19,30 @@ from serve_app.stages.transport import Exporter, Input, received_tensor
 class EncoderStage(BatchStage):
     """Replica of the encoder stage."""
 
+    stage = "encoder"
+
     def __init__(self, settings: Settings):
         compute = Compute.resolve(settings.model.device, settings.model.compute)
         super().__init__(settings.encoder, compute.device)
         use_threads(settings.encoder.threads)
         stage, checkpoint = settings.encoder, load(settings.model.source)
-        self.budget = windows = known(stage.budget_windows)
+        windows = known(stage.budget_windows)
+        self.budget = self.budget_bound = windows
+        self.operations = work.encoder_operations(checkpoint.dims)
         if compute.device.type == "cuda":
             share = memory.share_of(compute.device, known(stage.num_gpus), stage.memory_gib)
             need = memory.encoder_bytes(checkpoint.dims, compute.dtype.itemsize, windows, stage.ring_windows)
             memory.take_share(compute.device, share, need, what=f"an encoder with batches of {windows} windows")
         self.export = Exporter(compute.device, stage.ring_windows)
         self._encoder = Encoder(checkpoint, compute)
+        self._begin_observing(self._full_batch)
+
+    def _full_batch(self) -> float:
+        windows, dims, compute = int(self.budget), self._encoder.dims, self._encoder.compute
+        shape = windows, dims.n_mels, 2 * dims.n_audio_ctx
+        self._encoder(torch.zeros(shape, device=compute.device, dtype=compute.dtype))
+        torch.cuda.synchronize(compute.device)
+        return windows * WINDOW_SECONDS
 
     def _batch(self, inputs: list[Input]) -> Tensor:
         # some may have come through the host

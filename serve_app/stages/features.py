@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from serve_app.engine import memory
+from serve_app.engine import memory, work
 from serve_app.engine.checkpoint import load
-from serve_app.engine.constants import WINDOW_SAMPLES
+from serve_app.engine.constants import SAMPLE_RATE, WINDOW_SAMPLES
 from serve_app.engine.features import LogMel
 from serve_app.engine.precision import Compute
 from serve_app.settings import Settings, known
@@ -19,12 +19,15 @@ from serve_app.stages.transport import Exporter, Input
 class FeaturesStage(BatchStage):
     """Replica of the feature stage."""
 
+    stage = "features"
+
     def __init__(self, settings: Settings):
         compute = Compute.resolve(settings.model.device, settings.model.compute)
         super().__init__(settings.features, compute.device)
         use_threads(settings.features.threads)
         stage, dims = settings.features, load(settings.model.source).dims
-        self.budget = stage.budget_samples
+        self.budget = self.budget_bound = stage.budget_samples
+        self.operations = work.features_operations(dims)
         if compute.device.type == "cuda":
             share = memory.share_of(compute.device, known(stage.num_gpus), stage.memory_gib)
             windows = stage.budget_samples // WINDOW_SAMPLES
@@ -32,6 +35,12 @@ class FeaturesStage(BatchStage):
             memory.take_share(compute.device, share, need, what="the feature stage")
         self.export = Exporter(compute.device, stage.ring_windows)
         self._log_mel = LogMel(dims.n_mels, compute)
+        self._begin_observing(self._full_batch)
+
+    def _full_batch(self) -> float:
+        windows = int(self.budget) // WINDOW_SAMPLES
+        self._log_mel([np.zeros(WINDOW_SAMPLES, np.int16)] * windows)  # it waits for the GPU
+        return windows * WINDOW_SAMPLES / SAMPLE_RATE
 
     def _batch(self, inputs: list[Input]) -> Tensor:
         samples = [samples for samples in inputs if isinstance(samples, np.ndarray)]

@@ -29,7 +29,10 @@ from serve_app.batching.messages import (
 )
 from serve_app.batching.planner import Waiting, expired, plan
 from serve_app.errors import DeadlineExceeded
+from serve_app.scaling.readings import encode
+from serve_app.scaling.signals import Outcome, StageMeter, measure_saturation
 from serve_app.settings import StageSettings
+from serve_app.stages.observed import QueueState, StageObserver
 from serve_app.stages.ring import RingError, gpu_of
 from serve_app.stages.transport import Input, Receiver
 
@@ -62,7 +65,17 @@ class Occupancy:
 
 
 class StageReplica(ABC):
-    """Holds windows from when a call brings them until they are done; subclasses decide what runs when (``_work``)."""
+    """Holds windows from when a call brings them until they are done; subclasses decide what runs when (``_work``), and
+    end their construction with ``_begin_observing``."""
+
+    stage: str
+    """Its name in metrics."""
+
+    budget: float
+    """What a batch may cost now, in the unit of the windows' cost; it may be changed at any time."""
+
+    budget_bound: float
+    """The most that it may be."""
 
     def __init__(self, stage: StageSettings, device: torch.device):
         self._settings = stage
@@ -72,6 +85,8 @@ class StageReplica(ABC):
         self._running: dict[str, Entry] = {}
         self._arrived = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
+        self.meter = StageMeter(on_gpu=device.type == "cuda")
+        self._observer: StageObserver | None = None
         # One thread runs the engine, so that its work is ordered; the event loop stays free for calls.
         self._engine = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine")
 
@@ -109,7 +124,27 @@ class StageReplica(ABC):
         for window_id in window_ids:
             entry = self._queue.pop(window_id, None) or self._running.pop(window_id, None)
             if entry is not None:
+                self.meter.ended("cancelled")
                 entry.events.put_nowait(Failed(window_id, Cancelled()))
+
+    def _begin_observing(self, full_batch: Callable[[], float] | None = None) -> None:
+        """Takes the replica's measure from now on. full_batch: runs one, to its end, and gives its seconds of audio; on
+        a GPU it is run for the settings' ``warm_up_s`` first, to learn what the GPU looks like when it is saturated."""
+        saturation, rate = 1.0, None
+        if self._gpu is not None and full_batch is not None and self._settings.warm_up_s > 0:
+            saturation, rate = measure_saturation(self._gpu, full_batch, self._settings.warm_up_s)
+        self.meter = StageMeter(on_gpu=self._gpu is not None, rate=rate)
+        self._observer = StageObserver(self, self._gpu, saturation)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for it where the deployment is autoscaled (``scaling.readings.ReplicaReading``)."""
+        return {} if self._observer is None else encode(self._observer.reading())
+
+    def queue_state(self) -> QueueState:
+        """May be asked by any thread."""
+        entries = list(self._queue.values())
+        arrived = min((entry.waiting.arrived for entry in entries), default=None)
+        return QueueState(len(entries), sum(entry.window.seconds for entry in entries), arrived, len(self._running))
 
     async def gpu(self, *, replica: str | None = None) -> str | None:
         """UUID of the GPU that the replica computes on; None where it is the CPU."""
@@ -133,6 +168,7 @@ class StageReplica(ABC):
         """Gives up windows that nobody waits for any more."""
         for late in expired((e.waiting for e in self._queue.values()), time.time()):
             entry = self._queue.pop(late.window_id)
+            self.meter.ended("expired")
             error = DeadlineExceeded("the deadline passed while a window waited for a replica")
             entry.events.put_nowait(Failed(late.window_id, error))
 
@@ -141,6 +177,7 @@ class StageReplica(ABC):
         entries = [self._queue.pop(w.window_id) for w in planned]
         for entry in entries:
             self._running[entry.window.window_id] = entry
+            self.meter.waited(time.time() - entry.waiting.arrived)
             entry.events.put_nowait(Started([entry.window.window_id]))
         if any(w.alone for w in planned):
             await asyncio.sleep(NOTICE_S)
@@ -153,15 +190,22 @@ class StageReplica(ABC):
                 taken.append((entry, received))
         return taken
 
-    def _done(self, entry: Entry, result: Any) -> None:
-        self._answer(entry, Done(entry.window.window_id, result))
+    def _done(self, entry: Entry, result: Any, *, tokens: int = 0) -> None:
+        """tokens: that were decoded for it."""
+        if self._answer(entry, Done(entry.window.window_id, result)):
+            self.meter.ended("done", audio_s=entry.window.seconds, tokens=tokens)
 
     def _fail(self, entry: Entry, error: Exception) -> None:
-        self._answer(entry, Failed(entry.window.window_id, error))
+        outcome: Outcome = "input_lost" if isinstance(error, InputLost) else "failed"
+        if self._answer(entry, Failed(entry.window.window_id, error)):
+            self.meter.ended(outcome)
 
-    def _answer(self, entry: Entry, event: Event) -> None:
-        if self._running.pop(entry.window.window_id, None) is not None:  # not cancelled meanwhile
-            entry.events.put_nowait(event)
+    def _answer(self, entry: Entry, event: Event) -> bool:
+        """False where the window was cancelled meanwhile."""
+        if self._running.pop(entry.window.window_id, None) is None:
+            return False
+        entry.events.put_nowait(event)
+        return True
 
     async def _run(self, work: Callable[..., T], *arguments: Any) -> T:
         """Runs a piece of the engine on its thread. A CUDA error ends the process: the device's state is lost, and
@@ -188,8 +232,8 @@ def _waiting(window: StageWindow) -> Waiting:
 class BatchStage(StageReplica):
     """A stage that runs rectangular batches: while one runs, the next gathers in the queue."""
 
-    budget: float
-    """What a batch may cost, in the unit of the windows' cost."""
+    operations: float = 0.0
+    """Floating-point operations of one window (``engine.work``)."""
 
     export: Callable[[Tensor, Sequence[Collection[str]]], list[Any]]
     """Makes results known to the next stage (``stages.transport.Exporter``)."""
@@ -209,8 +253,11 @@ class BatchStage(StageReplica):
             self._on_gpu.popleft().synchronize()
 
     def _run_batch(self, taken: list[tuple[Entry, Input]]) -> list[Any]:
-        results = self._batch([received for _, received in taken])
-        exported = self.export(results, [entry.window.consumers for entry, _ in taken])
+        with self.meter.running():
+            results = self._batch([received for _, received in taken])
+            exported = self.export(results, [entry.window.consumers for entry, _ in taken])
+        fill = sum(entry.window.cost for entry, _ in taken) / self.budget
+        self.meter.batch(len(taken), min(1.0, fill), len(taken) * self.operations)
         if results.is_cuda:
             done = torch.cuda.Event()
             done.record()

@@ -85,7 +85,7 @@ async def test_windows_beyond_the_credit_wait_at_the_caller_and_all_are_done(sta
     handle = await connect(stage, credit=3)
     calls = [asyncio.create_task(handle.call(window(0.05))) for _ in range(12)]
     await asyncio.sleep(0.01)
-    assert handle.waiting >= 6
+    assert handle.waiting().windows >= 6
     assert len(await asyncio.gather(*calls)) == 12
 
 
