@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 PERIOD_S = 1.0
 SPAN_S = 10.0
 """Windows that ended so long ago count."""
+LOADS = 60
+"""So many seconds are remembered by the load in them."""
 NEAR_LONGEST = 0.95
 """The quantile that stands for the long ones: one window in twenty is no trend."""
 
@@ -42,7 +44,8 @@ class AdaptiveBudget:
         self.state = begin(bounds, start)
         self._changed = self._observed = now
         self._busy_s = 0.0
-        self._filled_s = 0.0  # seconds of busy, each by the share of the budget in use
+        self._cost_s = 0.0  # each of these seconds by the cost in work
+        self._loads: deque[float] = deque(maxlen=LOADS)
         self._ended: deque[_Ended] = deque()
 
     @property
@@ -60,15 +63,16 @@ class AdaptiveBudget:
     def ran(self, cost: float, seconds: float) -> None:
         """A batch, or a step of the slots, ran: its cost in the budget's unit, and how long it took."""
         self._busy_s += seconds
-        self._filled_s += seconds * min(1.0, cost / self.state.budget)
+        self._cost_s += seconds * cost
 
     def ended(self, *, arrived: float, began: float, at: float) -> None:
         """A window ended: when it came to the replica, when its batch began or it entered its slot, and now."""
         self._ended.append(_Ended(at, began, at - arrived))
 
-    def fills(self, costs: Iterable[float], oldest: float, now: float) -> bool:
-        """Is it time to take a batch of what waits, the oldest of which arrived at ``oldest``?"""
-        return now - oldest >= self.state.wait_s or sum(costs) >= self.state.budget
+    def leaves_at(self, costs: Iterable[float], oldest: float) -> float:
+        """When a batch of what waits, the oldest of which arrived at ``oldest``, shall leave: then already where it is
+        full, else when that has waited long enough."""
+        return oldest if sum(costs) >= self.state.budget else oldest + self.state.wait_s
 
     def observe(self, now: float, *, waiting: Iterable[float], oldest: float, utilization: float | None = None) -> bool:
         """Adjusts, if a second has passed since it last did; says whether budget or wait have changed.
@@ -76,19 +80,22 @@ class AdaptiveBudget:
         waiting: costs of the windows that wait; oldest: when the first of them arrived (``now`` where none waits).
         utilization: of the device, 0 to 1 (``feedback.Observation``); by default this replica's busy share.
         """
-        span = now - self._observed
-        if span < PERIOD_S:
+        span, waiting = now - self._observed, list(waiting)
+        if span < PERIOD_S or (waiting and not self._busy_s):  # a batch longer than that shall have ended
             return False
         while self._ended and self._ended[0].at < now - SPAN_S:
             self._ended.popleft()
+        busy = min(1.0, self._busy_s / span)
+        self._loads.append(self._cost_s / span)
         seen = Observation(
-            utilization=min(1.0, self._busy_s / span) if utilization is None else utilization,
+            utilization=busy if utilization is None else utilization,
             waiting=sum(waiting),
-            fill=self._filled_s / self._busy_s if self._busy_s else 0.0,
+            fill=min(1.0, self._cost_s / self._busy_s / self.state.budget) if self._busy_s else 0.0,
+            load=max(self._loads),
             batch_s=near_longest([e.took_s for e in self._ended if e.began >= self._changed]),
             latency_s=max(near_longest([e.latency_s for e in self._ended]) or 0.0, now - oldest),
         )
-        self._observed, self._busy_s, self._filled_s = now, 0.0, 0.0
+        self._observed, self._busy_s, self._cost_s = now, 0.0, 0.0
         if not self.settings.enabled:
             return False
         before, threshold = self.state, self.settings.utilization_threshold

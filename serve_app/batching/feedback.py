@@ -1,15 +1,15 @@
 """How large a replica's batches may be and how long it waits to fill one, from what it sees of itself (pure).
 
-Once a second a stage's observation goes in and a new state comes out. The budget **grows** where work waits, batches
-are full, and either the device is under its utilization threshold or a whole further batch waits; it **shrinks** where
-the batches themselves take so long that the latency objective is at risk. Time spent in a queue is no reason to
-shrink: smaller batches would only do less. Where a budget cannot grow any more, ``State.at_bound`` says so, and more
-replicas are the only answer left.
+Once a second a stage's observation goes in and a new state comes out. The budget **grows** where batches are full and
+work waits while the device is under its utilization threshold, to where batches would take ``AIM`` of the latency
+objective; and where a whole further batch waits, for then only throughput helps. It **shrinks** where batches take so
+long that the objective is at risk, but only to where what is in use now would still fill no more than ``FULL`` of it: a
+smaller budget that the load does not fit turns time in batches into time in the queue, and more of it. Where it cannot
+grow within the objective or memory, ``State.at_bound`` says so: more replicas are the answer left.
 
-Why it does not swing: a batch of a larger budget takes longer, but not by more than the budget grew (a batch costs
-something fixed, and so much a unit). A budget grows only to where its batches would then take ``AIM`` of what the
-objective leaves them at most, and shrinks only above ``AT_RISK`` of it, so no budget that was given up is taken again
-while the load and the device stay what they are. Between the two, nothing moves.
+Why it does not swing: a batch of a larger budget takes longer, but not by more than the budget grew (it costs something
+fixed, and so much a unit). So a budget grows, for utilization's sake, to none that was given up for latency's; and one
+that shrank has room for the load, so that no queue makes it grow again. Between ``AIM`` and ``AT_RISK`` nothing moves.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ AT_RISK = 0.9
 AIM = 0.75
 """Where a budget moves, the share of the objective that its batches shall take."""
 FULL = 0.8
-"""Of the budget: batches below are bounded by what arrives, and a larger budget would change nothing."""
+"""Of the budget: batches below are bounded by what arrives, and a larger budget would change nothing. Above it there is
+little room for more."""
 SMALL = 0.5
 """Of the budget: batches below are small, and may be waited for."""
 MOST_STEP = 2.0
@@ -99,6 +100,7 @@ class Observation:
     utilization: of its device, 0 to 1, where 1 is its saturation (SM utilization, normalised; on a CPU busy share).
     waiting: cost of the windows that wait, in the budget's unit.
     fill: share of the budget that batches, or steps, used; 0 without any.
+    load: the most that was in use in any second of the last minute, over all of that second, in the budget's unit.
     batch_s: how long batches, or windows in their slots, take, near the longest; None where none has run since the
         budget changed.
     latency_s: of windows in this stage, near the longest, or the oldest wait if that is longer; 0 without any.
@@ -107,6 +109,7 @@ class Observation:
     utilization: float
     waiting: float
     fill: float
+    load: float
     batch_s: float | None
     latency_s: float
 
@@ -135,7 +138,7 @@ def adjust(state: State, seen: Observation, bounds: Bounds, *, threshold: float)
     if seen.batch_s is None:  # it is not known yet what the budget does
         return replace(state, asked=0)
     passing = bounds.batches * seen.batch_s  # of a window's latency, what lies in batches
-    larger, smaller = _larger(state.budget, passing, bounds), _smaller(state.budget, passing, bounds)
+    larger, smaller = _larger(state.budget, passing, bounds), _smaller(state.budget, passing, seen, bounds)
     state = replace(state, at_bound=larger <= state.budget)
     if smaller < state.budget:
         asked = min(state.asked, 0) - 1
@@ -143,21 +146,18 @@ def adjust(state: State, seen: Observation, bounds: Bounds, *, threshold: float)
             return replace(state, asked=asked)
         taken = f"batches take {passing:.2f} s of an objective of {bounds.objective_s:.2f} s"
         return replace(state, budget=smaller, asked=0, at_bound=True, reason=f"smaller: {taken}")
-    if larger > state.budget and _wants_more(state, seen, threshold):
-        asked = max(state.asked, 0) + 1
-        if asked < GROW_AFTER:
-            return replace(state, asked=asked)
-        low = f"utilization {seen.utilization:.2f} is under {threshold:.2f} while work waits"
-        why = low if seen.utilization < threshold else "more than another batch waits"
-        at_bound = larger >= bounds.nearest(bounds.most)
-        return replace(state, budget=larger, asked=0, at_bound=at_bound, reason=f"larger: {why}")
-    return replace(state, asked=0)
-
-
-def _wants_more(state: State, seen: Observation, threshold: float) -> bool:
-    if seen.waiting <= 0 or seen.fill < FULL:
-        return False
-    return seen.utilization < threshold or seen.waiting > state.budget
+    if seen.fill >= FULL and seen.waiting > state.budget:
+        larger, why = bounds.nearest(state.budget * MOST_STEP), "more than another batch waits"
+    elif seen.fill >= FULL and seen.waiting > 0 and seen.utilization < threshold:
+        why = f"utilization {seen.utilization:.2f} is under {threshold:.2f} while work waits"
+    else:
+        return replace(state, asked=0)
+    if larger <= state.budget:
+        return replace(state, asked=0)
+    asked = max(state.asked, 0) + 1
+    if asked < GROW_AFTER:
+        return replace(state, asked=asked)
+    return replace(state, budget=larger, asked=0, reason=f"larger: {why}")
 
 
 def _larger(budget: float, passing: float, bounds: Bounds) -> float:
@@ -167,10 +167,15 @@ def _larger(budget: float, passing: float, bounds: Bounds) -> float:
     return max(budget, bounds.nearest(budget * factor))
 
 
-def _smaller(budget: float, passing: float, bounds: Bounds) -> float:
+def _smaller(budget: float, passing: float, seen: Observation, bounds: Bounds) -> float:
+    """What the budget shall shrink to: where batches take ``AIM`` of the objective, if the load fits there."""
     if passing <= AT_RISK * bounds.objective_s:
         return budget
-    return min(budget, bounds.nearest(budget * max(1 / MOST_STEP, AIM * bounds.objective_s / passing)))
+    least = seen.load / FULL
+    aim = budget * max(1 / MOST_STEP, AIM * bounds.objective_s / passing)
+    if least >= aim:
+        aim = least + bounds.quantum  # budgets are rounded down
+    return min(budget, bounds.nearest(aim))
 
 
 def _wait(state: State, seen: Observation, bounds: Bounds, threshold: float) -> float:
