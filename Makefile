@@ -1,6 +1,6 @@
 # Everything is installed into .venv; pip's own settings (index, find-links) come from its environment.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint types wer speed identity hostile constraints clean
+.PHONY: help demo serve packages test lint types wer speed identity hostile constraints clean
 .DELETE_ON_ERROR:
 
 # The first of these that is 3.11 or 3.12 and can make environments; `make PYTHON=…` names another.
@@ -22,6 +22,10 @@ demo: .venv/.demo  ## Start the application, transcribe the bundled sample over 
 
 serve: .venv/.demo  ## Start the application and stay up, until Ctrl-C
 	$(BIN)/whisper-serve serve
+
+packages:  ## Install the Debian packages that some tests need, where they are missing (as root)
+	@command -v promtool >/dev/null || { \
+		apt-get update --quiet=2 && apt-get install --quiet=2 --yes --no-install-recommends prometheus; }
 
 test: .venv/.dev  ## Run all tests
 	$(BIN)/python -m pytest

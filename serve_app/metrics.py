@@ -10,7 +10,7 @@ replica go away. Of a histogram it keeps the buckets, and takes their middles fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from ray.util import metrics as ray_metrics
@@ -44,7 +44,9 @@ class Metric:
     def _make(self) -> Any:
         raise NotImplementedError
 
-    def _of_ray(self) -> Any:
+    def _of_ray(self, labels: Mapping[str, str]) -> Any:
+        if len(labels) != len(self.labels) or any(label not in labels for label in self.labels):
+            raise ValueError(f"{self.name} has the labels {self.labels}, not {tuple(labels)}")
         if self._ray is None:
             self._ray = self._make()
         return self._ray
@@ -60,9 +62,14 @@ class Counter(Metric):
     def _make(self) -> ray_metrics.Counter:
         return ray_metrics.Counter(self.name, self.help, self.labels)
 
+    def start(self, **labels: str) -> None:
+        """Shows the counter at zero. One that appears with its first event hides that event from ``rate``."""
+        # NOTES: ``inc`` refuses zero, and there is no other public way
+        self._of_ray(labels)._record(0.0, labels)
+
     def add(self, value: float = 1.0, /, **labels: str) -> None:
-        if value > 0:  # Ray refuses nothing
-            self._of_ray().inc(value, labels)
+        if value > 0:
+            self._of_ray(labels).inc(value, labels)
 
 
 class Gauge(Metric):
@@ -74,7 +81,7 @@ class Gauge(Metric):
     def set(self, value: float | None, /, **labels: str) -> None:
         """None, for what is not known, sets nothing."""
         if value is not None:
-            self._of_ray().set(float(value), labels)
+            self._of_ray(labels).set(float(value), labels)
 
 
 class Histogram(Metric):
@@ -88,7 +95,35 @@ class Histogram(Metric):
         return ray_metrics.Histogram(self.name, self.help, list(self.buckets), self.labels)
 
     def observe(self, value: float, /, **labels: str) -> None:
-        self._of_ray().observe(value, labels)
+        self._of_ray(labels).observe(value, labels)
+
+
+STAGE_OUTCOMES = ("done", "failed", "cancelled", "expired", "input_lost")
+RETRY_REASONS = ("replica_died", "refused", "input_lost")
+ERROR_REASONS = ("failed", "deadline", "gave_up")
+REQUEST_OUTCOMES = ("done", "invalid", "overloaded", "deadline", "failed", "cancelled")
+
+
+def start_stage(stage: str) -> None:
+    """Shows a replica's counters."""
+    for outcome in STAGE_OUTCOMES:
+        STAGE_WINDOWS.start(stage=stage, outcome=outcome)
+    for counter in (STAGE_AUDIO, STAGE_OPERATIONS, STAGE_BATCHED):
+        counter.start(stage=stage)
+    if stage == "decoder":
+        TOKENS.start(stage=stage)
+
+
+def start_caller(stages: Iterable[str]) -> None:
+    """Shows an API replica's counters."""
+    for stage in stages:
+        for reason in RETRY_REASONS:
+            STAGE_RETRIES.start(stage=stage, reason=reason)
+        for reason in ERROR_REASONS:
+            STAGE_ERRORS.start(stage=stage, reason=reason)
+    for outcome in REQUEST_OUTCOMES:
+        REQUESTS.start(outcome=outcome)
+    REQUEST_AUDIO.start()
 
 
 # ---- the GPU, once a second, by each replica that computes on it ----

@@ -90,6 +90,7 @@ class Transcriber:
     async def _observe(self) -> None:
         """Sets this replica's gauges once a second, for ever."""
         replica = replica_name()
+        metrics.start_caller(self._stages)
         while True:
             metrics.REQUESTS_ACTIVE.set(self._active, replica=replica)
             for name, handle in self._stages.items():

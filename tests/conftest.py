@@ -57,6 +57,7 @@ def ray_cluster() -> Iterator[int]:
     from serve_app.app import WORKER_ENV
 
     os.environ.update(WORKER_ENV)
+    os.environ["RAY_metrics_report_interval_ms"] = "1000"  # the tests of metrics wait for them
     ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     port = free_port()
     serve.start(http_options=HTTPOptions(port=port))

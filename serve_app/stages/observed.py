@@ -51,6 +51,7 @@ class StageObserver:
         self._gpu_labels = {**self._labels, "gpu": gpu or "cpu"}
         self._sample: GpuSample | None = None
         self._period = Period(0.0)
+        metrics.start_stage(replica.stage)
         self._observer = Observer(self._observe)
 
     def reading(self) -> ReplicaReading:
