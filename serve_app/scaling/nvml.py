@@ -75,7 +75,7 @@ class GpuReader:
         at = time.time()
         if self._device is None:
             return GpuSample(at)
-        memory = self._tried("memory", lambda: pynvml.nvmlDeviceGetMemoryInfo(self._device))
+        memory = self._tried("memory", self._read_memory)
         milliwatts = self._tried("power", lambda: pynvml.nvmlDeviceGetPowerUsage(self._device))
         sensor = pynvml.NVML_TEMPERATURE_GPU
         celsius = self._tried("temperature", lambda: pynvml.nvmlDeviceGetTemperature(self._device, sensor))
@@ -146,6 +146,10 @@ class GpuReader:
             samples = []
         since, self._seen_us = self._seen_us, now
         return processes_utilization(((s.timeStamp, s.pid, s.smUtil) for s in samples), since)
+
+    def _read_memory(self) -> Any:
+        # the second version leaves out what the driver keeps for itself, as nvidia-smi does
+        return pynvml.nvmlDeviceGetMemoryInfo(self._device, version=pynvml.nvmlMemory_v2)
 
     def _read_dram_peak(self) -> float | None:
         if self._device is None:
