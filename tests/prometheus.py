@@ -38,9 +38,10 @@ class Prometheus:
 
     url: str
 
-    def query(self, expression: str) -> dict[tuple[tuple[str, str], ...], float]:
-        """The expression's value now: labels, as sorted pairs, → value."""
-        response = httpx.get(f"{self.url}/api/v1/query", params={"query": expression}, timeout=10)
+    def query(self, expression: str, at: float | None = None) -> dict[tuple[tuple[str, str], ...], float]:
+        """The expression's value, now or at a Unix time: labels, as sorted pairs, → value."""
+        asked = {"query": expression} | ({} if at is None else {"time": f"{at:.3f}"})
+        response = httpx.get(f"{self.url}/api/v1/query", params=asked, timeout=10)
         assert response.status_code == 200, response.text
         found = response.json()["data"]["result"]
         return {tuple(sorted(each["metric"].items())): float(each["value"][1]) for each in found}
@@ -89,6 +90,7 @@ def prometheus(folder: Path, targets: Sequence[str], rules: Path = RULES) -> Ite
         binary,
         f"--config.file={folder / 'prometheus.yml'}",
         f"--storage.tsdb.path={folder / 'data'}",
+        "--storage.tsdb.retention.time=100y",  # recordings are old
         f"--web.listen-address=127.0.0.1:{port}",
     ]
     with (folder / "log").open("wb") as log:

@@ -42,6 +42,7 @@ from loadtest.gpu.engine import SLOTS
 from loadtest.gpu.run import SYSTEMS, Run, Size, run
 from loadtest.gpu.work import MODELS, NEW_TOKENS, SEED, WINDOW_S, random_weights
 from loadtest.gpu.worker import Job
+from loadtest.recording import REPORT_MS, REPORT_VARIABLE, SETTLE_S, Recorder, targets
 from loadtest.server import free_port
 from serve_app.audio.decode import AudioDecoder
 from serve_app.audio.pipeline import PORTION_SAMPLES
@@ -248,6 +249,7 @@ def measure(dims: Dims, options: argparse.Namespace, console: Console) -> tuple[
         console.print("starting the application …")
         with application(dims, options, folder) as (settings, addresses):
             keep(settings=settings.model_dump(mode="json", exclude={"http": {"api_keys"}}))
+            recorder = None if options.record is None else Recorder(targets())
             for way in options.ways:
                 console.print(f"{options.windows} windows, {way} …", highlight=False)
                 load = Load(
@@ -261,6 +263,9 @@ def measure(dims: Dims, options: argparse.Namespace, console: Console) -> tuple[
                 )
                 ways.append(measured(way, clients.run(load, cpu_seconds)))
                 keep(ways=[asdict(one) | {"rtfx": one.rtfx} for one in ways])
+            if recorder is not None:
+                recorder.stop(after_s=SETTLE_S)
+                recorder.write(options.record)
         voice = voice_activity_seconds(recordings)
     ratio = ratio_of(ways, engine)
     keep(voice_activity_s_an_hour=voice, ratio=ratio)
@@ -323,6 +328,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ways", type=lambda text: text.split(","), default=list(WAYS), help="of handle,http (both)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path, help="write the raw results there, anew after every step")
+    parser.add_argument("--record", type=Path, help="keep what the metrics port says meanwhile there (.om.gz)")
     parser.add_argument("--commit", help="commit of this code, where it lies outside of its repository")
     options = parser.parse_args(arguments)
     if unknown := set(options.ways) - set(WAYS):
@@ -332,6 +338,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None, models: Mapping[str, Dims] = MODELS) -> int:
     options = parse(arguments)
+    if options.record is not None:
+        os.environ.setdefault(REPORT_VARIABLE, REPORT_MS)
     try:
         _, reached = measure(models[options.model], options, report.console())
     except MeasurementFailed as error:
