@@ -58,9 +58,10 @@ TOLERANCES = {
     "dram_utilization": (0.05, 0.0),
     "power_w": (20.0, 0.1),
     "temperature_c": (4.0, 0.0),
-    "memory_used": (256.0 * 2**20, 0.02),
+    "memory_used": (768.0 * 2**20, 0.02),  # some drivers count their own part here, and not there
 }
-"""By how much the means of a phase may differ: so much, or by this part of nvidia-smi's."""
+"""By how much the means of a phase may differ: so much, or by this part of nvidia-smi's. Amounts that are not named may
+differ by 15 %."""
 
 RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "idle": {"sm_utilization": (0.0, 0.02), "dram_utilization": (0.0, 0.02), "tflops": (0.0, 0.0)},

@@ -7,7 +7,6 @@ thread takes what came together. Nothing here waits for the GPU.
 from __future__ import annotations
 
 import fcntl
-import getpass
 import logging
 import math
 import os
@@ -38,6 +37,9 @@ DONE_MEMORY_S = 3.0
 
 LEAST_SATURATION = 0.05
 """A GPU that seems less used than this by full batches was not really measured."""
+
+TURN_S = 30.0
+"""How long a stage waits for its turn to measure the GPU alone."""
 
 Outcome = Literal["done", "failed", "cancelled", "expired", "input_lost"]
 
@@ -238,7 +240,7 @@ def measure_saturation(uuid: str, run: Callable[[], float], seconds: float) -> t
     run: does one full batch, to its end, and gives its seconds of audio. Stages that start on one GPU take turns.
     Where the utilization cannot be read it is taken to be 1, so that nothing is ever normalised upwards by a guess.
     """
-    with _alone_on(uuid):
+    with alone_on(uuid):
         run()  # the first one compiles, allocates and grows caches
         reader = GpuReader(uuid)
         try:
@@ -256,12 +258,18 @@ def measure_saturation(uuid: str, run: Callable[[], float], seconds: float) -> t
 
 
 @contextmanager
-def _alone_on(uuid: str) -> Iterator[None]:
-    """One process of this user at a time measures on a GPU."""
-    path = Path(tempfile.gettempdir()) / f"whisper-serve-{getpass.getuser()}-{uuid}.lock"
+def alone_on(uuid: str) -> Iterator[None]:
+    """One process of this user at a time measures on a GPU; after a while it does so beside another."""
+    path = Path(tempfile.gettempdir()) / f"whisper-serve-{os.getuid()}-{uuid}.lock"
     lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    give_up = time.monotonic() + TURN_S
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while time.monotonic() < give_up:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
         yield
     finally:
         os.close(lock)

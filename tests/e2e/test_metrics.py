@@ -11,11 +11,13 @@ from typing import Any
 import httpx
 import pytest
 import ray
+from ray import serve
 
 from serve_app import metrics
 from serve_app.engine import work
 from serve_app.engine.checkpoint import load
 from serve_app.metrics import DECLARED
+from serve_app.scaling.readings import CallerReading, Reading, ReplicaReading, decode
 from tests.prometheus import Prometheus, prometheus
 
 STAGES = ("features", "encoder", "decoder")
@@ -206,6 +208,37 @@ def test_gauges_see_work_while_it_is_done(scraper: Prometheus, application: str,
     assert peaks["stand-in"] > 0.5
     assert 0 < peaks["fill"] <= 1
     assert peaks["running"] >= 1
+
+
+def test_replicas_and_callers_give_their_readings(application: str, sample: Path) -> None:
+    """What Serve asks of them where they are autoscaled."""
+    before = time.time()
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        pending = [pool.submit(transcribe, application, sample) for _ in range(REQUESTS)]
+        seen, callers = [], []
+        while not all(request.done() for request in pending):
+            seen += readings("decoder", ReplicaReading)
+            callers += readings("api", CallerReading)
+            time.sleep(0.2)
+    assert max(reading.busy for reading in seen) > 0.5
+    assert max(reading.running_windows for reading in seen) >= 1
+    assert max(reading.fill for reading in seen) > 0
+    assert max(caller.active for caller in callers) == REQUESTS
+    ats = [*(reading.at for reading in seen), *(caller.at for caller in callers)]
+    assert all(before < at < time.time() + 1 for at in ats)
+    for stage in STAGES:
+        for reading in readings(stage, ReplicaReading):
+            assert (reading.gpu_share, reading.sm_utilization, reading.dram_utilization) == (None, None, None)
+            assert (reading.saturation, reading.queued_windows, reading.oldest_wait_s) == (1.0, 0, 0.0)
+            assert reading.rate is None or reading.rate > 0
+    (caller,) = readings("api", CallerReading)
+    assert (caller.active, caller.encoder_windows, caller.encoder_s) == (0, 0, 0.0)
+
+
+def readings(deployment: str, kind: type[Reading]) -> list[Reading]:
+    handle = serve.get_deployment_handle(deployment, "whisper")
+    each: list[dict[str, float]] = handle.broadcast("record_autoscaling_stats").results(timeout_s=20)
+    return [decode(kind, values) for values in each]
 
 
 def test_the_recording_rules_are_evaluated(

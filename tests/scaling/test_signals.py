@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.scaling.nvml import GpuReader, GpuSample, processes_utilization
-from serve_app.scaling.signals import Observer, Rate, StageMeter
+from serve_app.scaling.signals import Observer, Rate, StageMeter, alone_on
 
 UUID = "00000000-1111-2222-3333-444444444444"
 
@@ -160,6 +163,32 @@ def test_many_threads_report_to_one_meter() -> None:
     audio, tokens = audio + period.audio_s, tokens + period.tokens
     done, waits = done + period.outcomes["done"], waits + len(period.waits)
     assert (audio, tokens, done, waits) == (4000, 8000, 4000, 4000)
+
+
+def test_stages_that_start_on_one_gpu_measure_it_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    inside, most = 0, 0
+    lock = threading.Lock()
+
+    def measure() -> None:
+        nonlocal inside, most
+        with alone_on(UUID):
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.05)
+            with lock:
+                inside -= 1
+
+    threads = [threading.Thread(target=measure) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert most == 1
+    assert [path.name for path in tmp_path.iterdir()] == [f"whisper-serve-{os.getuid()}-{UUID}.lock"]
 
 
 def test_an_observer_goes_on_after_an_error_and_tells_of_it_once(caplog: pytest.LogCaptureFixture) -> None:
