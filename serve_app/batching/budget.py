@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 PERIOD_S = 1.0
 SPAN_S = 10.0
 """Windows that ended so long ago count."""
-LOADS = 60
-"""So many seconds are remembered by the load in them."""
+LOADS_S = 60.0
+"""So long a second is remembered by the load in it."""
 NEAR_LONGEST = 0.95
 """The quantile that stands for the long ones: one window in twenty is no trend."""
 
@@ -45,7 +45,7 @@ class AdaptiveBudget:
         self._changed = self._observed = now
         self._busy_s = 0.0
         self._cost_s = 0.0  # each of these seconds by the cost in work
-        self._loads: deque[float] = deque(maxlen=LOADS)
+        self._loads: deque[tuple[float, float]] = deque()  # when, and how much was in use
         self._ended: deque[_Ended] = deque()
 
     @property
@@ -69,6 +69,16 @@ class AdaptiveBudget:
         """A window ended: when it came to the replica, when its batch began or it entered its slot, and now."""
         self._ended.append(_Ended(at, began, at - arrived))
 
+    def batch(self, cost: float, arrived: Iterable[float], *, began: float, seconds: float) -> None:
+        """A batch ran from its begin to its end: its cost, when its windows came, and how long it took."""
+        self.ran(cost, seconds)
+        for each in arrived:
+            self.ended(arrived=each, began=began, at=began + seconds)
+
+    def is_due(self, now: float) -> bool:
+        """Has a second passed since it last observed?"""
+        return now - self._observed >= PERIOD_S
+
     def leaves_at(self, costs: Iterable[float], oldest: float) -> float:
         """When a batch of what waits, the oldest of which arrived at ``oldest``, shall leave: then already where it is
         full, else when that has waited long enough."""
@@ -81,17 +91,19 @@ class AdaptiveBudget:
         utilization: of the device, 0 to 1 (``feedback.Observation``); by default this replica's busy share.
         """
         span, waiting = now - self._observed, list(waiting)
-        if span < PERIOD_S or (waiting and not self._busy_s):  # a batch longer than that shall have ended
+        if not self.is_due(now) or (waiting and not self._busy_s):  # a batch longer than that shall have ended
             return False
         while self._ended and self._ended[0].at < now - SPAN_S:
             self._ended.popleft()
         busy = min(1.0, self._busy_s / span)
-        self._loads.append(self._cost_s / span)
+        self._loads.append((now, self._cost_s / span))
+        while self._loads[0][0] < now - LOADS_S:
+            self._loads.popleft()
         seen = Observation(
             utilization=busy if utilization is None else utilization,
             waiting=sum(waiting),
             fill=min(1.0, self._cost_s / self._busy_s / self.state.budget) if self._busy_s else 0.0,
-            load=max(self._loads),
+            load=max(load for _, load in self._loads),
             batch_s=near_longest([e.took_s for e in self._ended if e.began >= self._changed]),
             latency_s=max(near_longest([e.latency_s for e in self._ended]) or 0.0, now - oldest),
         )

@@ -175,7 +175,8 @@ def _smaller(budget: float, passing: float, seen: Observation, bounds: Bounds) -
     aim = budget * max(1 / MOST_STEP, AIM * bounds.objective_s / passing)
     if least >= aim:
         aim = least + bounds.quantum  # budgets are rounded down
-    return min(budget, bounds.nearest(aim))
+    # less than that is not worth a change, and smaller batches lower the load: budgets would creep
+    return bounds.nearest(aim) if aim <= budget * AIM / AT_RISK else budget
 
 
 def _wait(state: State, seen: Observation, bounds: Bounds, threshold: float) -> float:
