@@ -29,11 +29,10 @@ class Event:
 
 @dataclass(slots=True)
 class Result:
-    """late_share: of the windows. gpu_hours and optimum_gpu_hours: of the policy, of the clairvoyant optimum.
-
-    flaps: changes of a target that undo one of the other direction within a cold start, or a minute where that is longer.
-    unsafe: decisions to scale down below the safe count. settle_s: from the step until the minute that follows keeps the objective
-    (nan where the trace has no step). late_events: scale events in the last 80 % of the trace.
+    """late_share: of the windows. gpu_hours and optimum_gpu_hours: of the policy, of the clairvoyant optimum. flaps:
+    changes of a target in the other direction than the one before, within a cold start, or a minute where that is
+    longer. unsafe: decisions to scale down below the safe count. settle_s: from the step until the minute that follows
+    keeps the objective (nan where the trace has no step). late_events: scale events in the last 80 % of the trace.
     """
 
     late_share: float
@@ -128,7 +127,8 @@ def _waits(arrived: Array, done: Array) -> Array:
     finished = np.interp(place, out[rising], np.arange(len(out))[rising])
     after_gap = np.searchsorted(out[rising], place, side="left")
     starts = np.arange(len(out))[rising][after_gap] - 1.0
-    return np.maximum(0.0, np.maximum(finished, starts) - seconds).reshape(-1)
+    waits: Array = np.maximum(0.0, np.maximum(finished, starts) - seconds).reshape(-1)
+    return waits
 
 
 def _quantile(values: Array, weights: Array, share: float) -> float:
@@ -151,7 +151,7 @@ def _flaps(events: list[Event], within_s: float) -> int:
 
 
 def _settle(waits: Array, weights: Array, step_at: int | None) -> float:
-    """Seconds from the step to the end of the last minute in which more than 1 % is late, of those that follow on it."""
+    """Seconds from the step until a minute follows in which at most 1 % is late."""
     if step_at is None:
         return float("nan")
     minute = 60 * PARTS

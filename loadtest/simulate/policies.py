@@ -55,8 +55,8 @@ class Ours:
 
 @dataclass(slots=True)
 class Hpa:
-    """Kubernetes' horizontal pod autoscaler: wanted = ready replicas × value / target, within a tolerance none; the largest
-    wish of the stabilization window holds; at most doubled, or four more, in 15 s.
+    """Kubernetes' horizontal pod autoscaler: wanted = replicas × value / target, within a tolerance none; the
+    largest wish of the stabilization window holds; at most doubled, or four more, in 15 s.
 
     metric "utilization": SM utilization of the mean GPU, of its saturation point, target 0 to 1.
     metric "queue": windows waiting and running, target a replica, polled as KEDA's scaler does.
@@ -100,8 +100,9 @@ class Hpa:
 
 @dataclass(slots=True)
 class Ongoing:
-    """Ray Serve's default: the mean of the ongoing requests of the last ``look_back_s`` over ``target`` a replica, wanted for
-    as long as the delays say."""
+    """Ray Serve's default: the mean of the ongoing requests of the last ``look_back_s`` over ``target`` a replica,
+    wanted for as long as the delays say.
+    """
 
     target: float
     up_delay_s: float

@@ -17,6 +17,7 @@ Poisson count.
 - diurnal: a day between 0.2 (night) and 1 (afternoon), a raised cosine, times noise of 3 % that lasts ten minutes.
 - bursts: a day of 0.6 with bursts on top that nothing announces: one in ten minutes in the mean (Poisson), each 10
   % to 50 % of the base load (uniform), 90 s long in the mean (exponential), rising in 5 s; bursts may coincide.
+- diurnal_6h, bursts_6h: the day squeezed into six hours, and six hours of bursts, for comparisons of many settings.
 - tall_bursts: as bursts, one in half an hour, each 100 % to 200 % of the base load of 0.3.
 - flash_crowd: 0.2; after one hour it rises to 1 within 10 s, stays for 20 minutes and fades (time constant 10
   minutes); four hours.
@@ -168,6 +169,10 @@ def trace(name: str, seed: int = 0) -> Trace:
         return made(_diurnal(day, rng))
     if name == "bursts":
         return made(_bursts(day, 0.6, 600, 0.1, 0.5, 90, rng))
+    if name == "diurnal_6h":
+        return made(_diurnal(6 * HOUR, rng))
+    if name == "bursts_6h":
+        return made(_bursts(6 * HOUR, 0.6, 600, 0.1, 0.5, 90, rng))
     if name == "tall_bursts":
         return made(_bursts(day, 0.3, 1800, 1.0, 2.0, 90, rng))
     if name == "flash_crowd":
@@ -188,6 +193,8 @@ TRACES: Sequence[str] = (
     "step",
     "diurnal",
     "bursts",
+    "diurnal_6h",
+    "bursts_6h",
     "tall_bursts",
     "flash_crowd",
     "slow_starts",

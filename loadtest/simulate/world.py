@@ -1,19 +1,20 @@
 """The fleet: stages that share GPUs or have their own, replicas that start late and die, and what their readings say.
 
-One step is a second. Replicas of a stage are alike and share one queue, as the batching handle makes them (it sends to the
-replica with the most credit), so a fleet of ten thousand costs no more to play than one of ten: what is random by
-replica (deaths, cold starts, lost readings, noise of measurement) is drawn for all at once.
+One step is a second. Replicas of a stage are alike and share one queue, as the batching handle makes them (it sends
+to the replica with the most credit), so a fleet of ten thousand costs no more to play than one of ten: what is
+random by replica (deaths, cold starts, lost readings, noise of measurement) is drawn for all at once.
 
-*Colocated*: the three processes of a pod share its GPU by time slices: equal ones where all have work, and what one leaves is
-the others'. *Split*: each stage has its own GPUs.
+*Colocated*: the three processes of a pod share its GPU by time slices: equal ones where all have work, and what one
+leaves is the others'; the encoder stops when it is a ring of windows ahead of the decoder. *Split*: each stage has
+its own GPUs.
 
-*Batches.* A stage's budget moves between a quarter of its bound and the bound: up by a quarter a second while windows
-wait, slowly down while none do. At a share b of the bound a stage does 1.1 b / (b + 0.1) of what it does at the bound.
-The decoder decodes in flight: 128 steps a window, each 4 ms and 12 ms times the share of its 256 slots in use, so its
-slots fill by 0.25 u / (1 - 0.75 u) at a load u, while its GPU is busy nearly always.
+*Batches.* A stage's budget moves between a quarter of its bound and the bound: up by a quarter a second while
+windows wait, slowly down while none do. At a share b of the bound a stage does 1.1 b / (b + 0.1) of what it does at
+the bound. The decoder decodes in flight: 128 steps a window, each 4 ms and 12 ms times the share of its 256 slots
+in use, so its slots fill by 0.25 u / (1 - 0.75 u) at a load u, while its GPU is busy nearly always.
 
-*Readings.* SM utilization is the saturation point of each stage times the work it does, with 3 % of noise a GPU; a stage's
-share of GPU time is what its batches held.
+*Readings.* SM utilization is the saturation point of each stage times the work it does, with 3 % of noise a GPU; a
+stage's share of GPU time is what its batches held.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +36,8 @@ SATURATION: Mapping[str, float] = {"features": 0.5, "encoder": 0.92, "decoder": 
 BUDGET_FLOOR, BUDGET_UP, BUDGET_DOWN = 0.25, 1.25, 0.97
 SLOTS = 256
 ENCODER_BATCH = 16
+RING = 64
+"""Windows that a pod's encoder can be ahead of its decoder."""
 NOISE = 0.03
 EPOCH = 1_700_000_000.0
 """Unix time of a trace's first second."""
@@ -164,19 +168,18 @@ class World:
 
     def _shared(self, came: float, costs: Mapping[str, float]) -> dict[str, float]:
         """GPU seconds for each stage, of pods' GPUs."""
-        left = float(self.units["pods"].ready)
-        wanted, waiting = {}, came
-        for stage in STAGES:
-            waiting += self.queues[stage]
-            wanted[stage] = waiting * costs[stage]
-        if sum(wanted.values()) <= left:
-            return wanted
-        given = dict.fromkeys(STAGES, 0.0)
-        open_stages = sorted(STAGES, key=lambda stage: wanted[stage])
-        for i, stage in enumerate(open_stages):
-            given[stage] = min(wanted[stage], left / (len(open_stages) - i))
-            left -= given[stage]
-        return given
+        pods = float(self.units["pods"].ready)
+        cost = costs["encoder"] + costs["decoder"]
+        features = min((self.queues["features"] + came) * costs["features"], pods / 3)
+        left = pods - features
+        ready, queued = self.queues["encoder"] + features / costs["features"], self.queues["decoder"]
+        # With nothing left over: all that is encoded is decoded; or equal slices, until the ring is full.
+        through = (left - queued * costs["decoder"]) / cost
+        ahead = min(
+            left / 2, (RING * pods - queued + left / costs["decoder"]) / cost * costs["decoder"] * costs["encoder"]
+        )
+        encoder = min(ready * costs["encoder"], max(0.0, through * costs["encoder"], ahead))
+        return {"features": features, "encoder": encoder, "decoder": left - encoder}
 
     def _apart(self, costs: Mapping[str, float]) -> dict[str, float]:
         return {stage: self.units[stage].ready * SPLIT_GPUS[stage] for stage in costs}
@@ -308,7 +311,7 @@ class World:
         if all(fleet.ready for fleet in self.units.values()):
             return {}
         held = {stage: 0.0 if self.fleet(stage).ready else self.queues[stage] for stage in STAGES}
-        values = {}
+        values: dict[str, Any] = {}
         for stage, windows in held.items():
             values |= {f"{stage}_windows": round(windows), f"{stage}_s": windows * WINDOW_S}
             values |= {f"{stage}_oldest_wait_s": 1.0 if windows else 0.0}

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 
 from serve_app.scaling.budget import Claim, share
 from serve_app.scaling.config import ScalingSettings
-from serve_app.scaling.forecast import BURST, MEMORY_S, Choice, Demand, Rehearsal, holds
+from serve_app.scaling.forecast import BURST, Choice, Demand, Rehearsal, holds
 from serve_app.scaling.load import Signals, StageLoad, loads, pods
 from serve_app.scaling.readings import STAGES, Stage
 
@@ -77,10 +77,8 @@ DRAIN = 0.5
 LEARN_S = 3600.0
 REVIEW_S = 600.0
 """Headroom is reviewed this often; it falls below what ``sm_utilization`` says after an hour at the earliest."""
-AIM, CONTENT = 0.8, 0.4
-"""Of the 1 % that may be late, what headroom is chosen for; and what is so little that a correction may shrink."""
-CORRECTION, MOST_CORRECTION = 0.01, 0.15
-"""By how much headroom is corrected at a review, because work was late that in thought was not, and at most."""
+AIM = 0.75
+"""Of the 1 % that may be late, what headroom is chosen for: the real fleet is later than the one in thought."""
 LATE_SHARE = 0.01
 
 
@@ -90,9 +88,7 @@ class UnitState:
 
     at, inlet_s: time of the last reading that was used, and what then waited for the first stage.
     since: time of the first. rate: seconds of audio that a replica does in a second at its saturation point.
-    late_s, came_s: seconds of audio that found a queue longer than the objective, and all, both fading over a day.
     choice: headroom and hold time in force; learned: they come from the unit's own past. reviewed_at: when last.
-    correction: added to the headroom, because the real fleet differs from the one in thought.
     panic_until: no replica goes before. more_since, idle_since: since when more are wanted, and no work has come.
     """
 
@@ -102,10 +98,7 @@ class UnitState:
     demand: Demand = field(default_factory=Demand)
     rehearsal: Rehearsal = field(default_factory=Rehearsal)
     rate: float | None = None
-    late_s: float = 0.0
-    came_s: float = 0.0
     choice: Choice | None = None
-    correction: float = 0.0
     learned: bool = False
     reviewed_at: float | None = None
     panic_until: float | None = None
@@ -231,7 +224,6 @@ def _observe(
         objective_s=config.objective_wait_s,
         least=max(1, config.limits(name).min_replicas),
     )
-    fade = math.exp(-dt / MEMORY_S)
     after = UnitState(
         at=load.at,
         inlet_s=load.inlet_s,
@@ -239,10 +231,7 @@ def _observe(
         demand=demand,
         rehearsal=rehearsal,
         rate=rate,
-        late_s=state.late_s * fade + (arrived * dt if _wait_s(load, rate) > config.objective_wait_s else 0.0),
-        came_s=state.came_s * fade + arrived * dt,
         choice=state.choice,
-        correction=state.correction,
         learned=state.learned,
         reviewed_at=state.reviewed_at,
         panic_until=panic_until,
@@ -250,11 +239,6 @@ def _observe(
         idle_since=None if arrived > 0 or load.queued_s > 0 else state.idle_since or now,
     )
     return _review(config, after, now), arrived
-
-
-def _wait_s(load: StageLoad, rate: float | None) -> float:
-    """How long the work that waits has waited, or will have."""
-    return max(load.oldest_wait_s, load.queued_s / (load.ready * rate) if rate else 0.0)
 
 
 def _plan(demand: Demand, panic_until: float | None, now: float) -> float:
@@ -279,20 +263,13 @@ def _review(config: ScalingSettings, state: UnitState, now: float) -> UnitState:
     if now - state.reviewed_at < REVIEW_S:
         return state
     before = state.choice
-    state = replace(state, reviewed_at=now, correction=_corrected(state))
+    state = replace(state, reviewed_at=now)
     best = state.rehearsal.best(times, AIM * LATE_SHARE)
     if best is None:
         return state
     if state.rehearsal.seconds >= LEARN_S or best.headroom > before.headroom:
         return replace(state, choice=best, learned=True)
     return state
-
-
-def _corrected(state: UnitState) -> float:
-    share = state.late_s / state.came_s if state.came_s > 0 else 0.0
-    if share > AIM * LATE_SHARE:
-        return min(MOST_CORRECTION, state.correction + CORRECTION)
-    return max(0.0, state.correction - CORRECTION) if share < CONTENT * LATE_SHARE else state.correction
 
 
 def _decide_unit(
@@ -342,13 +319,12 @@ def _compare(
     have, plan = load.target, state.plan(now)
     times = holds(config.cold_start_s, config.down_hold_s)
     top = state.rehearsal.tops[times.index(choice.hold_s)].extreme
-    headroom = choice.headroom + state.correction
-    needed = headroom * plan / rate
+    needed = choice.headroom * plan / rate
     band = min(max(BAND * state.demand.doubt, LEAST_BAND), MOST_BAND)
     doing = f"{plan:.0f} s of audio come in a second and a replica does {rate:.0f}"
     waiting = f"{load.queued_s:.0f} s of audio wait"
 
-    wait_s = _wait_s(load, rate)
+    wait_s = max(load.oldest_wait_s, load.queued_s / (load.ready * rate))
     late = wait_s > config.objective_wait_s / 2
     at_bound = load.at_bound >= AT_BOUND
     for_queue = _for_queue(config, load, plan, rate)
@@ -360,7 +336,7 @@ def _compare(
             more = math.ceil(needed - 1e-9)
             panic = state.panic_until is not None and now < state.panic_until
             reason = "burst" if panic else "demand"
-            words = f"{doing}; with headroom {headroom:.2f} that takes {more}"
+            words = f"{doing}; with headroom {choice.headroom:.2f} that takes {more}"
         else:
             gated = True
     if for_queue > max(more, have):
@@ -382,7 +358,7 @@ def _compare(
 
     # What was needed before the first reading is not known.
     seen_s = now - (state.since or now)
-    fewer = have if seen_s < choice.hold_s else max(1, math.ceil(headroom * top / rate * (1 + band) - 1e-9))
+    fewer = have if seen_s < choice.hold_s else max(1, math.ceil(choice.headroom * top / rate * (1 + band) - 1e-9))
     steady = f"{doing}; utilization {load.utilization:.0%}"
     if fewer >= have or have - fewer < DOWN_STEP * band * have:
         return state, say(have, "steady", steady)
