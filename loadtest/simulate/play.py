@@ -85,7 +85,7 @@ def play(world: World, policy: Policy) -> tuple[Result, Course]:
             reason = policy.last.units[unit].reason if isinstance(policy, Ours) and policy.last else ""
             reasons[reason] += 1
             events.append(Event(second, unit, fleet.target, target, reason))
-            unsafe += target < fleet.target and target < safe[unit][second]
+            unsafe += int(target < fleet.target and target < safe[unit][second])
         world.scale(wanted)
         for unit, fleet in world.units.items():
             targets[unit][second], ready[unit][second] = fleet.target, fleet.ready

@@ -227,7 +227,7 @@ def clairvoyant(intensity: Array, rate: float, cold_start_s: float, least: int =
     padded = np.concatenate([np.zeros(width), needed, np.zeros(width)])
     # The largest of the next seconds, then the smallest of the last: gaps of up to a cold start are filled.
     reach = _forward_max(padded, width)
-    kept = np.maximum(-_forward_max(-reach[::-1], width)[::-1][: len(needed)], needed)
+    kept = -_forward_max(-reach[::-1], width)[::-1][width : width + len(needed)]
     starts = np.maximum(np.diff(kept), 0).sum()
     return kept, float(kept.sum() + cold_start_s * starts)
 

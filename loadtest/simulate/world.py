@@ -130,7 +130,7 @@ class World:
         for fleet in self.units.values():
             fleet.arrive(self.now)
         lost = self._deaths()
-        came = self._arrived[self.now]
+        came = self._arrived[self.now] + lost
         costs = {stage: self.work.costs[stage] / efficiency(self.budgets[stage]) for stage in STAGES}
         gave = self._shared(came, costs) if self.topology == "colocated" else self._apart(costs)
         inflow = came
@@ -143,7 +143,7 @@ class World:
             grown = budget * BUDGET_UP if self.queues[stage] > 0 else budget * BUDGET_DOWN
             self.budgets[stage] = min(1.0, max(BUDGET_FLOOR, grown))
         self._measure()
-        # What died with a replica is done again: it takes the place of as much that comes out now.
+        # What died with a replica came out once already, and comes again.
         self._owed += lost
         repeated = min(self._owed, inflow)
         self._owed -= repeated
@@ -162,8 +162,7 @@ class World:
                 share = dead / fleet.ready
                 fleet.ready -= dead
                 fleet.order(dead, self.now, self.cold_start_s, trace.cold_sigma, self.rng)
-                stages = STAGES if unit == "pods" else (unit,)
-                lost += share * sum(self.flows[stage] for stage in stages)
+                lost += share * self.flows["decoder" if unit == "pods" else unit]
         return lost
 
     def _shared(self, came: float, costs: Mapping[str, float]) -> dict[str, float]:
