@@ -108,4 +108,4 @@ def prometheus(folder: Path, targets: Sequence[str], rules: Path = RULES) -> Ite
         yield Prometheus(url)
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=60)

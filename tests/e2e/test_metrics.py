@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ from serve_app.engine import work
 from serve_app.engine.checkpoint import load
 from serve_app.metrics import DECLARED
 from serve_app.scaling.readings import CallerReading, Reading, ReplicaReading, decode
+from tests.e2e.replicas import occupancy, pids
 from tests.prometheus import Prometheus, prometheus
 
 STAGES = ("features", "encoder", "decoder")
@@ -263,3 +266,26 @@ def test_the_recording_rules_are_evaluated(
     for stage in STAGES:
         assert scraper.value(f'whisper:stage_latency_seconds:p99_5m{{stage="{stage}"}}') > 0
         assert scraper.value(f'whisper:stage_batch_windows:mean1m{{stage="{stage}"}}') >= 1
+
+
+def test_a_killed_replica_shows_as_retries_and_its_gauges_go_away(
+    scraper: Prometheus, application: str, shared_audio: Path
+) -> None:
+    long = shared_audio / "synth_long" / "piper-modern1.mp3"
+    retries = 'sum(ray_whisper_stage_retries_total{stage="decoder",reason="replica_died"})'
+    replicas = 'count(ray_whisper_stage_busy{stage="decoder"})'
+    before = scraper.value(retries)
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(transcribe, application, long)
+        deadline = time.monotonic() + 60
+        while occupancy("decoder").running < 4:  # which two replicas share
+            assert time.monotonic() < deadline, "no windows ever ran"
+            time.sleep(0.05)
+        os.kill(pids("decoder")[0], signal.SIGKILL)
+        assert request.result().status_code == 200
+    deadline = time.monotonic() + 120
+    ever = 'count(count_over_time(ray_whisper_stage_busy{stage="decoder"}[1h]))'
+    while not (scraper.value(retries) > before and scraper.value(replicas) == 2 and scraper.value(ever) >= 3):
+        now = [scraper.value(expression) for expression in (retries, replicas, ever)]
+        assert time.monotonic() < deadline, f"retries, replicas now, and ever: {now}"
+        time.sleep(0.3)
