@@ -14,7 +14,7 @@ import wave
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Any, Generic, Literal, TypeVar
@@ -52,11 +52,12 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """tokens: of all segments. temperature: the highest that was needed."""
+    """tokens: of all segments. temperature: the highest that was needed. at: when it came (time.time)."""
 
     tokens: int = 0
     temperature: float = 0.0
     error: str | None = None
+    at: float = field(default_factory=time.time, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

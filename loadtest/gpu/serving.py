@@ -75,13 +75,15 @@ PARTS = (API, AUDIO, *STAGES, PROXY, RAY, CLIENTS)
 @dataclass(frozen=True, slots=True)
 class Measured:
     """One way through the product. other_work: windows that took other than 128 tokens, or were decoded again.
-    cpu_s: by part."""
+    cpu_s: by part. steady_rtfx: while as many windows were under way as there can be, without the beginning, in which
+    the slots fill, and the end, in which they empty; None where the run was too short."""
 
     way: Way
     windows: int
     wall_s: float
     other_work: int
     cpu_s: dict[str, float]
+    steady_rtfx: float | None = None
 
     @property
     def audio_s(self) -> float:
@@ -197,13 +199,22 @@ def settings_for(checkpoint: Path, options: argparse.Namespace, port: int) -> Se
     )
 
 
-def measured(way: Way, outcome: clients.Outcome[dict[str, float]]) -> Measured:
+def steady_rtfx(answers: Sequence[Answer], concurrency: int) -> float | None:
+    """Seconds of audio per second between the answer after the first ``concurrency`` and the one before the last
+    ``concurrency`` (pure)."""
+    times = sorted(answer.at for answer in answers)[concurrency : len(answers) - concurrency]
+    return (len(times) - 1) * WINDOW_S / (times[-1] - times[0]) if len(times) > concurrency else None
+
+
+def measured(way: Way, outcome: clients.Outcome[dict[str, float]], concurrency: int) -> Measured:
     """(pure) Raises MeasurementFailed where a window has no text."""
     failed = [answer.error for answer in outcome.answers if answer.error is not None]
     if failed:
         raise MeasurementFailed(f"{way}: {len(failed)} of {len(outcome.answers)} windows failed: {failed[0]}")
     spent = {part: outcome.after[part] - outcome.before[part] for part in PARTS}
-    return Measured(way, len(outcome.answers), outcome.wall_s, sum(map(is_other_work, outcome.answers)), spent)
+    other_work = sum(map(is_other_work, outcome.answers))
+    steady = steady_rtfx(outcome.answers, concurrency)
+    return Measured(way, len(outcome.answers), outcome.wall_s, other_work, spent, steady)
 
 
 def is_other_work(answer: Answer) -> bool:
@@ -261,7 +272,7 @@ def measure(dims: Dims, options: argparse.Namespace, console: Console) -> tuple[
                     options.concurrency,
                     options.clients,
                 )
-                ways.append(measured(way, clients.run(load, cpu_seconds)))
+                ways.append(measured(way, clients.run(load, cpu_seconds), options.concurrency))
                 keep(ways=[asdict(one) | {"rtfx": one.rtfx} for one in ways])
             if recorder is not None:
                 recorder.stop(after_s=SETTLE_S)
@@ -280,20 +291,23 @@ def measure(dims: Dims, options: argparse.Namespace, console: Console) -> tuple[
 
 
 def ratio_of(ways: Iterable[Measured], engine: Size | None) -> float | None:
-    """The handle's throughput by the engine's (pure)."""
+    """The handle's throughput by the engine's, which begins and ends with full slots: steady, where it is known
+    (pure)."""
     handle = next((one for one in ways if one.way == "handle"), None)
-    return None if handle is None or engine is None else handle.rtfx / engine.rtfx
+    return None if handle is None or engine is None else (handle.steady_rtfx or handle.rtfx) / engine.rtfx
 
 
 def show(console: Console, model: str, engine: Size | None, ways: Sequence[Measured], voice: float) -> None:
     speed = Table(title=f"{model}: {NEW_TOKENS} tokens a window, beside the engine by itself")
-    for column in ("", "windows", "seconds", "RTFx", "× engine", "other work"):
+    for column in ("", "windows", "seconds", "RTFx", "steady", "× engine", "other work"):
         speed.add_column(column, justify="right" if column else "left")
     if engine is not None:
-        speed.add_row("engine", str(engine.batch), f"{engine.median_s:.2f}", f"{engine.rtfx:,.0f}", "1.00", "")
+        speed.add_row("engine", str(engine.batch), f"{engine.median_s:.2f}", f"{engine.rtfx:,.0f}", "", "1.00", "")
     for one in ways:
-        beside = "–" if engine is None else f"{one.rtfx / engine.rtfx:.2f}"
-        figures = (str(one.windows), f"{one.wall_s:.2f}", f"{one.rtfx:,.0f}", beside, str(one.other_work))
+        steady = one.steady_rtfx
+        beside = "–" if engine is None else f"{(steady or one.rtfx) / engine.rtfx:.2f}"
+        middle = "–" if steady is None else f"{steady:,.0f}"
+        figures = (str(one.windows), f"{one.wall_s:.2f}", f"{one.rtfx:,.0f}", middle, beside, str(one.other_work))
         speed.add_row(one.way, *figures)
     console.print(speed)
     cost = Table(title="CPU: seconds for an hour of audio, and cores kept busy")

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -23,6 +24,7 @@ from loadtest.gpu.serving import (
     ratio_of,
     speakable_weights,
     speech_windows,
+    steady_rtfx,
     write_checkpoint,
 )
 from loadtest.gpu.work import NEW_TOKENS, random_weights
@@ -110,7 +112,7 @@ def test_a_process_belongs_to_the_part_that_its_title_tells(title: str, part: st
 
 def test_windows_that_took_other_work_are_counted() -> None:
     answers = [Answer(NEW_TOKENS), Answer(NEW_TOKENS - 1), Answer(NEW_TOKENS, 0.2), Answer(NEW_TOKENS)]
-    one = measured("handle", Outcome(answers, 4.0, NOTHING, NOTHING | {"decoder": 6.0}))
+    one = measured("handle", Outcome(answers, 4.0, NOTHING, NOTHING | {"decoder": 6.0}), 1)
     assert one.other_work == 2
     assert one.rtfx == 30.0
     assert one.an_hour("decoder") == 180.0
@@ -119,13 +121,21 @@ def test_windows_that_took_other_work_are_counted() -> None:
 
 def test_a_window_without_text_ends_the_measurement() -> None:
     with pytest.raises(MeasurementFailed, match="1 of 2 windows failed: overloaded"):
-        measured("http", Outcome([Answer(128), Answer(error="overloaded")], 1.0, NOTHING, NOTHING))
+        measured("http", Outcome([Answer(128), Answer(error="overloaded")], 1.0, NOTHING, NOTHING), 1)
+
+
+def test_the_steady_rate_leaves_the_beginning_and_the_end_out() -> None:
+    # slow at first, ten a second from the third on, slow at the end
+    answers = [Answer(at=at) for at in (5.0, 9.0, *(10 + i / 10 for i in range(21)), 20.0, 30.0)]
+    assert steady_rtfx(answers, 2) == pytest.approx(300.0)
+    assert steady_rtfx(answers[:6], 2) is None  # as few as that are no measure
 
 
 def test_the_ratio_is_of_the_handle_to_the_engine() -> None:
     engine = Size(4, [2.0], 1.0, None, [])  # 60 times real time
     ways = [Measured("http", 4, 8.0, 0, NOTHING), Measured("handle", 4, 2.5, 0, NOTHING)]
     assert ratio_of(ways, engine) == pytest.approx(0.8)
+    assert ratio_of([*ways[:1], replace(ways[1], steady_rtfx=54.0)], engine) == pytest.approx(0.9)
     assert ratio_of(ways[:1], engine) is None
     assert ratio_of(ways, None) is None
 
