@@ -27,6 +27,7 @@ class Windows:
 
     def __init__(self, blocks: AsyncGenerator[Int16, None], detector: SpeechDetector, settings: VadSettings):
         self._blocks = blocks
+        self._threads = detector.threads
         self._stream = detector.stream()
         self._cutter = WindowCutter(settings)
         self._iterator = self._iterate()
@@ -44,11 +45,12 @@ class Windows:
         await self._blocks.aclose()
 
     async def _iterate(self) -> AsyncGenerator[Window, None]:
+        loop = asyncio.get_running_loop()
         async with aclosing(self._blocks):
             async for portion in _portions(self._blocks):
-                for window in await asyncio.to_thread(self._push, portion):
+                for window in await loop.run_in_executor(self._threads, self._push, portion):
                     yield window
-            for window in await asyncio.to_thread(self._finish):
+            for window in await loop.run_in_executor(self._threads, self._finish):
                 yield window
 
     def _push(self, samples: Int16) -> list[Window]:
