@@ -87,8 +87,10 @@ class CrossAttention:
         else:
             windows = latent.reshape(len(states), -1, width)
             summed = latent_attention.reference(windows, states).view(n, self.n_head, width)
-        mixed = torch.bmm(summed.transpose(0, 1), self.value)  # [heads, n, head]
-        return self.out(mixed.transpose(0, 1).reshape(n, width))
+        mixed = x.new_empty(n, width)
+        by_head = mixed.view(n, self.n_head, -1).transpose(0, 1)  # [heads, n, head]
+        torch.bmm(summed.transpose(0, 1), self.value, out=by_head)
+        return self.out(mixed)
 
     def ready(self, state: Tensor, keys: Tensor, values: Tensor) -> None:
         """Fills keys and values, [1500, d] each, of a window's state; the value bias is in the output's."""
@@ -155,7 +157,8 @@ class Decoder:
         dims = checkpoint.dims
         self.dims, self.compute, self.slots = dims, compute, slots
         weights = Weights(checkpoint.tensors, compute, "decoder.")
-        self.embedding = weights.product("token_embedding.weight")
+        # rows of zeros at its end: the library's fast products want a multiple of eight
+        self.embedding = F.pad(weights.product("token_embedding.weight"), (0, 0, 0, -dims.n_vocab % 8))
         self.positions = weights.exact("positional_embedding")
         self._embed = embedding.embed if compute.has_kernels else embedding.reference
         shape = dims.n_text_layer, 2, slots, dims.n_text_ctx, dims.n_text_state
@@ -181,7 +184,7 @@ class Decoder:
         layers = [block.tensors(*ready) for block, ready in zip(self.blocks, self._ready, strict=True)]
         for slots in (n for n in persistent_step.SLOTS if n <= self.slots):
             self._few[slots] = PersistentStep(
-                layers, self.embedding, self.positions, self.norm.weight, self.norm.bias, slots
+                layers, self.embedding[: dims.n_vocab], self.positions, self.norm.weight, self.norm.bias, slots
             )
 
     @property
@@ -235,7 +238,8 @@ class Decoder:
         return self._logits(self.norm(residual, y))
 
     def _logits(self, x: Tensor) -> Tensor:
+        n_vocab = self.dims.n_vocab
         if self.compute.has_kernels:
             # NOTES: rounded to FP16 the best two of 51,866 logits would often be equal
-            return torch.mm(x, self.embedding.T, out_dtype=torch.float32)
-        return F.linear(x, self.embedding).float()
+            return torch.mm(x, self.embedding.T, out_dtype=torch.float32)[:, :n_vocab]
+        return F.linear(x, self.embedding)[:, :n_vocab].float()

@@ -181,7 +181,7 @@ class SlotDecoder:
         if self._on_gpu:
             host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
             states = host.copy_(states, non_blocking=True)
-            arrived = torch.cuda.Event()
+            arrived = torch.cuda.Event(blocking=True)  # who waits for it sleeps
             arrived.record()
         return _Report([(slot, slot.attempt) for slot in self._slots], states, arrived)
 
@@ -191,15 +191,18 @@ class SlotDecoder:
         if report.arrived is not None:
             report.arrived.synchronize()
         done = []
-        for (slot, attempt), state in zip(report.slots, report.states.tolist(), strict=True):
+        fields = Field.POSITION, Field.SAMPLED, Field.TOKEN, Field.FINISHED
+        columns = report.states.T.numpy()[list(fields)].tolist()
+        rows = zip(report.slots, *columns, strict=True)
+        for row, ((slot, attempt), position, sampled, token, finished) in enumerate(rows):
             if slot.released or slot.attempt != attempt:
                 continue
-            slot.position = state[Field.POSITION]
-            if state[Field.SAMPLED] > len(slot.sampled):
-                slot.sampled.append(state[Field.TOKEN])
-            if not state[Field.FINISHED]:
+            slot.position = position
+            if sampled > len(slot.sampled):
+                slot.sampled.append(token)
+            if not finished:
                 continue
-            result = self._result(slot, state)
+            result = self._result(slot, report.states[row].tolist())
             if not result.is_acceptable:
                 slot.best = result = max(filter(None, (slot.best, result)), key=quality)
                 if slot.attempt + 1 < len(slot.task.options.temperatures):

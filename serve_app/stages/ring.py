@@ -106,7 +106,9 @@ class RingReader:
         with torch.cuda.stream(self._stream):
             for descriptor in descriptors:
                 copies.append(self._copy(descriptor))
-        self._stream.synchronize()
+            copied = torch.cuda.Event(blocking=True)  # who waits for it sleeps
+            copied.record()
+        copied.synchronize()
         for i, (descriptor, copy) in enumerate(zip(descriptors, copies, strict=True)):
             if isinstance(copy, Tensor) and not self._rings[descriptor.board].board.take(
                 descriptor.slot, descriptor.sequence
@@ -122,7 +124,11 @@ class RingReader:
         if not ring.board.holds(descriptor.slot, descriptor.sequence):
             return InputLost("the lease of a window's slot had ended")
         ring.events[descriptor.slot].wait(self._stream)
-        return ring.slots[descriptor.slot].clone()
+        copy = ring.slots[descriptor.slot].clone()
+        # it is read on the engine's stream, possibly after its last reference here is gone: until that is done its
+        # memory must not be taken for the next copy
+        copy.record_stream(torch.cuda.default_stream(self._device))
+        return copy
 
     def _open(self, descriptor: RingDescriptor) -> _OpenRing:
         ring = self._rings.get(descriptor.board)

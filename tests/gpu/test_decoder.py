@@ -70,10 +70,7 @@ def test_steps_have_the_logits_of_float32(width: int, n: int, vocabulary: int) -
 
 def test_the_last_position_of_the_context() -> None:
     made = checkpoint(384, 51866)
-    exact, decoder = (
-        Decoder(made, Compute.resolve(*where), 1)
-        for where in (("cpu", "float32"), ("cuda", "float16"))
-    )
+    exact, decoder = (Decoder(made, Compute.resolve(*where), 1) for where in (("cpu", "float32"), ("cuda", "float16")))
     state = torch.randn(1500, 384, generator=torch.Generator().manual_seed(1)).half()
     exact.load(0, state.float())
     decoder.load(0, state.cuda())
