@@ -70,7 +70,8 @@ class Api:
         return encode(self._transcriber.reading())
 
     async def __del__(self) -> None:
-        await self._transcriber.close()
+        if hasattr(self, "_transcriber"):  # it may be stopped before the stages were up
+            await self._transcriber.close()
 
 
 def build(settings: Settings) -> serve.Application:
