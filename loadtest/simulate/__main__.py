@@ -2,10 +2,12 @@
 
     python -m loadtest.simulate goals --json docs/benchmarks/simulate.json --plots docs/img
     python -m loadtest.simulate compare --json docs/benchmarks/simulate-compare.json --plots docs/img
+    python -m loadtest.simulate bound --json docs/benchmarks/simulate-bound.json
 
-``goals`` plays every trace and says which of the goals below are met; ``compare`` plays the policies that people
-use today, over all their settings, and says how late they are at this policy's cost. What is played is defined in
-``loadtest/simulate/scenarios.py``. Ends with status 1 where a goal is missed.
+``bound`` says what hindsight could reach (``bound.py``). ``goals`` plays every trace and says which of the goals
+below are met; ``compare`` plays the policies that people use today, over all their settings, and says how late they
+are at this policy's cost. What is played is defined in ``loadtest/simulate/scenarios.py``. Ends with status 1 where
+a goal is missed.
 
 Goals: at a constant load no scale event in the last 80 % of the hour; after a step settled within two cold starts;
 no decision to scale down below the safe count; on the diurnal and burst traces at most 1 % late at no more than
@@ -26,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest import report
-from loadtest.simulate import compare, plots, scenarios
+from loadtest.simulate import bound, compare, plots, scenarios
 from loadtest.simulate.compare import Job
 from loadtest.simulate.play import play
 from loadtest.simulate.policies import Ours, settings
@@ -144,12 +146,28 @@ def _compare(options: argparse.Namespace, console: Console) -> int:
     return 0 if better == len(comparisons) else 1
 
 
+def _bound(options: argparse.Namespace, console: Console) -> int:
+    found = [
+        bound.cheapest(name, gpus, cold)
+        for name, gpus, cold in itertools.product(
+            options.traces or scenarios.GOAL_TRACES, options.gpus or (SIZE_OF_TRACES,), options.cold
+        )
+    ]
+    for one in found:
+        console.print(
+            f"{one['trace']}, {one['gpus']:g} GPUs, cold start {one['cold_start_s']:g} s: {one['cost']:.3f}", one
+        )
+    if options.json is not None:
+        report.write_json(options.json, {"environment": report.environment(), "bounds": found})
+    return 0
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("goals", "compare"))
+    parser.add_argument("what", choices=("goals", "compare", "bound"))
     parser.add_argument("--traces", nargs="+", choices=scenarios.TRACES, metavar="TRACE", help="only these")
     parser.add_argument("--gpus", nargs="+", type=float, help="fleets, by the load that a trace's 1 stands for")
     parser.add_argument("--cold", nargs="+", type=float, default=list(scenarios.COLD_STARTS_S), help="cold starts, s")
@@ -164,7 +182,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    return (_goals if options.what == "goals" else _compare)(options, report.console())
+    commands = {"goals": _goals, "compare": _compare, "bound": _bound}
+    return commands[options.what](options, report.console())
 
 
 if __name__ == "__main__":

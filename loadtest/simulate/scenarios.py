@@ -226,13 +226,13 @@ def clairvoyant(intensity: Array, rate: float, cold_start_s: float, least: int =
     width = int(cold_start_s) + 1
     padded = np.concatenate([np.zeros(width), needed, np.zeros(width)])
     # The largest of the next seconds, then the smallest of the last: gaps of up to a cold start are filled.
-    reach = _forward_max(padded, width)
-    kept = -_forward_max(-reach[::-1], width)[::-1][width : width + len(needed)]
+    reach = forward_max(padded, width)
+    kept = -forward_max(-reach[::-1], width)[::-1][width : width + len(needed)]
     starts = np.maximum(np.diff(kept), 0).sum()
     return kept, float(kept.sum() + cold_start_s * starts)
 
 
-def _forward_max(values: Array, width: int) -> Array:
+def forward_max(values: Array, width: int) -> Array:
     """out[i] = max(values[i : i + width])."""
     out, reach = values.copy(), 1
     while reach < width:

@@ -13,8 +13,8 @@ from loadtest.simulate.__main__ import missed, parse
 from loadtest.simulate.play import _waits, play
 from loadtest.simulate.policies import Hpa, Ours
 from loadtest.simulate.scenarios import TRACES, Trace, arrivals, clairvoyant, trace
-from loadtest.simulate.world import World
-from serve_app.scaling.policy import State
+from loadtest.simulate.world import EPOCH, World
+from serve_app.scaling.policy import State, decide_from
 
 
 def short(name: str, seconds: int, start: int = 0) -> Trace:
@@ -98,12 +98,12 @@ def test_a_recorded_run_replays() -> None:
         world.second()
         loads = world.loads()
         seen.append(loads)
-        policy.state, decision = policies.decide_from(config, policy.state, *loads, policies.EPOCH + world.now)
+        policy.state, decision = decide_from(config, policy.state, *loads, EPOCH + world.now)
         log.append(decision)
         world.scale({unit: one.target for unit, one in decision.units.items()})
     state = State()
     for second, (loads, decision) in enumerate(zip(seen, log, strict=True)):
-        state, again = policies.decide_from(config, State.from_dict(state.to_dict()), *loads, policies.EPOCH + second)
+        state, again = decide_from(config, State.from_dict(state.to_dict()), *loads, EPOCH + second)
         assert again == decision
 
 

@@ -180,7 +180,7 @@ def test_scale_to_zero_and_back() -> None:
     none = Limits(min_replicas=0, max_replicas=5)
     settings_ = config(topology="colocated", pods=none, zero_after_s=100.0)
     state = State()
-    idle = {"used": 0.0, "rate": None}
+    idle: dict[str, Any] = {"used": 0.0, "rate": None}
     _, decisions = follow(state, settings_, lambda at: signals(1, reading(at, **idle)), 120)
     assert decisions[50].targets["decoder"] == 1
     assert decisions[-1].targets == dict.fromkeys(STAGES, 0)
