@@ -13,6 +13,8 @@ from typing import Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
+from serve_app.batching.feedback import FeedbackSettings
+
 ENV_PREFIX = "WHISPER_SERVE_"
 CONFIG_FILE_VARIABLE = "WHISPER_SERVE_CONFIG"
 
@@ -166,6 +168,7 @@ class Settings(BaseSettings):
     features: FeaturesSettings = FeaturesSettings()
     encoder: EncoderSettings = EncoderSettings()
     decoder: DecoderSettings = DecoderSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
     request: RequestSettings = RequestSettings()
     http: HttpSettings = HttpSettings()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
 
+from serve_app.batching.feedback import Bounds
 from serve_app.batching.planner import plan
 from serve_app.engine import memory, work
 from serve_app.engine.checkpoint import Dims, load
@@ -47,7 +49,8 @@ class DecoderStage(StageReplica):
         self._info = ModelInfo(checkpoint.name, checkpoint.dims, slots)
         rules = rules_of(Tokens(checkpoint.dims).vocabulary, checkpoint.dims, settings.decoder.max_tokens)
         self._slots = SlotDecoder(checkpoint, compute, slots, rules)
-        self.budget = self.budget_bound = slots
+        objective_s = settings.feedback.objective_s(self.stage, on_gpu=self._gpu is not None)
+        self._follow_load(settings.feedback, Bounds(least=1, most=slots, quantum=1, objective_s=objective_s, batches=1))
         self._operations = work.step_operations(checkpoint.dims)
         self._begin_observing(self._full_steps)
 
@@ -69,17 +72,24 @@ class DecoderStage(StageReplica):
         while True:
             if not self._slots.active:
                 await self._next()
+            began = time.time()
             try:
                 await self._admit()
+                active = self._slots.active
                 finished = await self._run(self._step)
             except Exception as error:
                 logger.exception("decoding failed with %d windows in their slots", self._slots.active)
                 for entry in list(self._running.values()):
                     self._fail(entry, error)
                 continue  # the next step frees their slots
+            now = time.time()
+            self.feedback.ran(active, now - began)
             for window_id, result in finished:
                 if window_id in self._running:
-                    self._done(self._running[window_id], result, tokens=len(result.tokens))
+                    entry = self._running[window_id]
+                    self.feedback.ended(arrived=entry.waiting.arrived, began=entry.began, at=now)
+                    self._done(entry, result, tokens=len(result.tokens))
+            self._adjust()
 
     def _step(self) -> list[tuple[str, DecodedWindow]]:
         """Frees the slots of windows that nobody waits for any more, and advances the others."""

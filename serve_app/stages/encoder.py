@@ -27,7 +27,7 @@ class EncoderStage(BatchStage):
         use_threads(settings.encoder.threads)
         stage, checkpoint = settings.encoder, load(settings.model.source)
         windows = known(stage.budget_windows)
-        self.budget = self.budget_bound = windows
+        self._follow_load(settings.feedback, self.bounds(settings.feedback, least=1, most=windows))
         self.operations = work.encoder_operations(checkpoint.dims)
         if compute.device.type == "cuda":
             share = memory.share_of(compute.device, known(stage.num_gpus), stage.memory_gib)

@@ -26,7 +26,8 @@ class FeaturesStage(BatchStage):
         super().__init__(settings.features, compute.device)
         use_threads(settings.features.threads)
         stage, dims = settings.features, load(settings.model.source).dims
-        self.budget = self.budget_bound = stage.budget_samples
+        bounds = self.bounds(settings.feedback, least=WINDOW_SAMPLES, most=stage.budget_samples)
+        self._follow_load(settings.feedback, bounds)
         self.operations = work.features_operations(dims)
         if compute.device.type == "cuda":
             share = memory.share_of(compute.device, known(stage.num_gpus), stage.memory_gib)

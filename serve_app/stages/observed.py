@@ -35,7 +35,9 @@ class Observed(Protocol):
     stage: str
     meter: StageMeter
     budget: float
-    budget_bound: float
+
+    @property
+    def budget_at_bound(self) -> bool: ...
 
     def queue_state(self) -> QueueState: ...
 
@@ -70,9 +72,18 @@ class StageObserver:
             oldest_wait_s=queue.oldest_wait_s(now),
             running_windows=queue.running,
             rate=period.rate,
-            budget_at_bound=self._replica.budget >= self._replica.budget_bound,
+            budget_at_bound=self._replica.budget_at_bound,
             done_s=period.done_s,
         )
+
+    @property
+    def utilization(self) -> float | None:
+        """Of the GPU's multiprocessors or memory, whichever was used more in the last second, as a share of what this
+        stage's full batches use; None where it cannot be read. May be asked by any thread."""
+        sample = self._sample
+        if sample is None or sample.sm_utilization is None:
+            return None
+        return min(1.0, max(sample.sm_utilization / self._saturation, sample.dram_utilization or 0.0))
 
     def _observe(self) -> None:
         if self._reader is not None:

@@ -10,12 +10,15 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from serve_app.batching.budget import AdaptiveBudget
+from serve_app.batching.feedback import Bounds, FeedbackSettings
 from serve_app.batching.messages import (
     Cancelled,
     Done,
@@ -54,6 +57,7 @@ class Entry:
     events: asyncio.Queue[Event]
     fetch: asyncio.Task[list[Input | InputLost]]
     index: int  # of its input in the fetch, which is of all windows of a call
+    began: float = 0.0  # when it was taken from the queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +70,16 @@ class Occupancy:
 
 class StageReplica(ABC):
     """Holds windows from when a call brings them until they are done; subclasses decide what runs when (``_work``), and
-    end their construction with ``_begin_observing``."""
+    end their construction with ``_follow_load`` and ``_begin_observing``."""
 
     stage: str
     """Its name in metrics."""
 
     budget: float
-    """What a batch may cost now, in the unit of the windows' cost; it may be changed at any time."""
+    """What a batch may cost now, in the unit of the windows' cost."""
 
-    budget_bound: float
-    """The most that it may be."""
+    feedback: AdaptiveBudget
+    """What moves the budget, and says how long to wait for a fuller batch; fed by the work loop alone."""
 
     def __init__(self, stage: StageSettings, device: torch.device):
         self._settings = stage
@@ -127,6 +131,30 @@ class StageReplica(ABC):
                 self.meter.ended("cancelled")
                 entry.events.put_nowait(Failed(window_id, Cancelled()))
 
+    def _follow_load(self, settings: FeedbackSettings, bounds: Bounds) -> None:
+        """Lets feedback move the budget from now on, from the most that it may be."""
+        self.feedback = AdaptiveBudget(settings, bounds, start=bounds.most, now=time.time())
+        self.budget = self.feedback.budget
+
+    @property
+    def budget_at_bound(self) -> bool:
+        """Can batches not grow any more?"""
+        return self.feedback.at_bound
+
+    def _adjust(self) -> None:
+        """Takes the budget that feedback gives, once a second."""
+        now = time.time()
+        if not self.feedback.is_due(now):
+            return
+        waiting = [entry.waiting for entry in self._queue.values()]
+        self.feedback.observe(
+            now,
+            waiting=[w.cost for w in waiting],
+            oldest=min((w.arrived for w in waiting), default=now),
+            utilization=None if self._observer is None else self._observer.utilization,
+        )
+        self.budget = self.feedback.budget
+
     def _begin_observing(self, full_batch: Callable[[], float] | None = None) -> None:
         """Takes the replica's measure from now on. full_batch: runs one, to its end, and gives its seconds of audio; on
         a GPU it is run for the settings' ``warm_up_s`` first, to learn what the GPU looks like when it is saturated."""
@@ -177,7 +205,8 @@ class StageReplica(ABC):
         entries = [self._queue.pop(w.window_id) for w in planned]
         for entry in entries:
             self._running[entry.window.window_id] = entry
-            self.meter.waited(time.time() - entry.waiting.arrived)
+            entry.began = time.time()
+            self.meter.waited(entry.began - entry.waiting.arrived)
             entry.events.put_nowait(Started([entry.window.window_id]))
         if any(w.alone for w in planned):
             await asyncio.sleep(NOTICE_S)
@@ -229,6 +258,17 @@ def _waiting(window: StageWindow) -> Waiting:
     return Waiting(window.window_id, window.cost, time.time(), window.deadline, window.priority, window.alone)
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A batch on its way through the GPU. at: when the host launched it."""
+
+    cost: float
+    arrived: list[float]
+    at: float
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+
+
 class BatchStage(StageReplica):
     """A stage that runs rectangular batches: while one runs, the next gathers in the queue."""
 
@@ -240,7 +280,20 @@ class BatchStage(StageReplica):
 
     def __init__(self, stage: StageSettings, device: torch.device):
         super().__init__(stage, device)
-        self._on_gpu: deque[torch.cuda.Event] = deque()  # ends of batches, in their order
+        self._on_gpu: deque[_Launched] = deque()
+
+    def bounds(self, settings: FeedbackSettings, *, least: float, most: float) -> Bounds:
+        """Of the budget: from one window to what memory was planned for. A window sees the batches on their way end
+        before its own: one, or two where a GPU has the next one waiting."""
+        on_gpu = self._gpu is not None
+        return Bounds(
+            least=least,
+            most=most,
+            quantum=least,
+            objective_s=settings.objective_s(self.stage, on_gpu=on_gpu),
+            batches=3 if on_gpu else 2,
+            most_wait_s=settings.max_wait_s,
+        )
 
     @abstractmethod
     def _batch(self, inputs: list[Input]) -> Tensor:
@@ -249,25 +302,52 @@ class BatchStage(StageReplica):
     def _wait_turn(self) -> None:
         """A GPU works while the host goes on: one batch may run and one wait for it, so that the GPU is never without
         work, and windows gather meanwhile. (On the GPU; elsewhere a batch is done when its call returns.)"""
-        while len(self._on_gpu) >= 2:
-            self._on_gpu.popleft().synchronize()
+        while self._on_gpu and (len(self._on_gpu) >= 2 or self._on_gpu[0].end.query()):
+            batch = self._on_gpu.popleft()
+            batch.end.synchronize()
+            seconds = batch.begin.elapsed_time(batch.end) / 1000
+            self.feedback.batch(batch.cost, batch.arrived, began=batch.at, seconds=seconds)
 
     def _run_batch(self, taken: list[tuple[Entry, Input]]) -> list[Any]:
+        at, begin = time.time(), None
+        if self._gpu is not None:
+            begin = torch.cuda.Event(enable_timing=True)
+            begin.record()
         with self.meter.running():
             results = self._batch([received for _, received in taken])
             exported = self.export(results, [entry.window.consumers for entry, _ in taken])
-        fill = sum(entry.window.cost for entry, _ in taken) / self.budget
-        self.meter.batch(len(taken), min(1.0, fill), len(taken) * self.operations)
-        if results.is_cuda:
-            done = torch.cuda.Event()
-            done.record()
-            self._on_gpu.append(done)
+        costs = [entry.window.cost for entry, _ in taken]
+        self.meter.batch(len(taken), min(1.0, sum(costs) / self.budget), len(taken) * self.operations)
+        arrived = [entry.waiting.arrived for entry, _ in taken]
+        padded = len(taken) * max(costs)
+        if begin is None:
+            self.feedback.batch(padded, arrived, began=at, seconds=time.time() - at)
+        else:
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            self._on_gpu.append(_Launched(padded, arrived, at, begin, end))
         return exported
+
+    async def _gather(self) -> None:
+        """Waits for a fuller batch as long as feedback says, unless a window is in haste."""
+        while self._queue and self.feedback.wait_s:
+            waiting = [entry.waiting for entry in self._queue.values()]
+            if any(w.priority == "interactive" or w.alone for w in waiting):
+                return
+            oldest = min(w.arrived for w in waiting)
+            left = self.feedback.leaves_at((w.cost for w in waiting), oldest) - time.time()
+            if left <= 0:
+                return
+            self._arrived.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), left)
 
     async def _work(self) -> None:
         while True:
             await self._next()
             await self._run(self._wait_turn)
+            self._adjust()
+            await self._gather()
             self._expire()
             taken = await self._take(plan((e.waiting for e in self._queue.values()), budget=self.budget))
             if not taken:

@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from serve_app.batching.feedback import FeedbackSettings
 from serve_app.settings import StageSettings
 from serve_app.stages.replica import BatchStage
 from serve_app.stages.transport import Input
@@ -15,9 +16,13 @@ from serve_app.stages.transport import Input
 class ObedientStage(BatchStage):
     """Does what the input array says: [seconds] to sleep; -1 ends the process, -2 raises."""
 
+    stage = "encoder"
+
     def __init__(self, budget: int = 4, max_queued_windows: int = 256):
         super().__init__(StageSettings(max_queued_windows=max_queued_windows), torch.device("cpu"))
-        self.budget = budget
+        # a budget of its windows' cost, which stays
+        bounds = self.bounds(FeedbackSettings(enabled=False), least=1, most=budget)
+        self._follow_load(FeedbackSettings(enabled=False), bounds)
         self.export = lambda results, consumers: [tuple(result) for result in results.tolist()]
 
     def _batch(self, inputs: list[Input]) -> torch.Tensor:
