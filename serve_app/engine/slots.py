@@ -131,6 +131,16 @@ class SlotDecoder:
             done += self._read(self._reports.popleft())
         return done
 
+    @torch.inference_mode()
+    def settle(self) -> list[tuple[str, DecodedWindow]]:
+        """Waits until the device has done all that was started; returns what has ended."""
+        done: list[tuple[str, DecodedWindow]] = []
+        while self._reports:
+            done += self._read(self._reports.popleft())
+        if self._on_gpu:
+            torch.cuda.current_stream().synchronize()  # what reading them has started: slots that move
+        return done
+
     def _start_step(self) -> None:
         n = len(self._slots)
         if self._advance_few is None or n > self.decoder.few:

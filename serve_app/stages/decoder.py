@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from serve_app.settings import Settings, known
 from serve_app.stages.replica import Entry, StageReplica, logger
 from serve_app.stages.threads import use_threads
 from serve_app.stages.transport import Input, received_tensor
+from serve_app.stages.turns import gives_way
 
 WARM_UP_STEPS = 64
 
@@ -71,7 +73,8 @@ class DecoderStage(StageReplica):
     async def _work(self) -> None:
         while True:
             if not self._slots.active:
-                await self._next()
+                await self._run(self._leave_gpu)
+                await self._next_input()
             began = time.time()
             try:
                 await self._admit()
@@ -97,9 +100,26 @@ class DecoderStage(StageReplica):
         active = self._slots.active
         if not active:
             return self._slots.step()
+        if self._turns is not None:
+            self._turns.take()
         with self.meter.running():
             finished = self._slots.step()
         self.meter.batch(active, active / self._info.slots, active * self._operations)
+        return finished + self._leave_gpu() if self._gives_way() else finished
+
+    def _gives_way(self) -> bool:
+        turns = self._turns
+        if turns is None or not turns.wanted:
+            return False
+        waiting, slots = len(self._queue), self._info.slots
+        return gives_way(held_s=turns.held_s, free=self._room, waiting=waiting, slots=slots)
+
+    def _leave_gpu(self) -> list[tuple[str, DecodedWindow]]:
+        """Ends the turn on the GPU, if there is one; what was on its way may finish windows."""
+        if self._turns is None or not self._turns.held:
+            return []
+        finished = self._slots.settle()
+        self._turns.give()
         return finished
 
     def _full_steps(self) -> float:
@@ -114,20 +134,34 @@ class DecoderStage(StageReplica):
         self._slots.step()  # reads what is left of the last one
         return 0.0
 
+    async def _next_input(self) -> None:
+        """Waits until the input of a waiting window is here."""
+        await self._next()
+        fetches = {entry.fetch for entry in self._queue.values()}
+        await asyncio.wait(fetches, return_when=asyncio.FIRST_COMPLETED)
+
+    @property
+    def _room(self) -> int:
+        """Slots that may be filled."""
+        return min(self._slots.free, int(self.budget) - self._slots.active)
+
     async def _admit(self) -> None:
-        """Fills free slots from the queue. A window that must run alone waits until all slots are free, and keeps
-        them to itself."""
+        """Fills free slots from the queue, with windows whose input is here: those in the slots do not wait for a copy.
+        A window that must run alone waits until all slots are free, and keeps them to itself."""
         self._expire()
-        room = min(self._slots.free, int(self.budget) - self._slots.active)
+        room = self._room
         if room <= 0 or any(entry.window.alone for entry in self._running.values()):
             return
-        planned = plan((e.waiting for e in self._queue.values()), budget=room, padded=False)
+        here = (entry.waiting for entry in self._queue.values() if entry.fetch.done())
+        planned = plan(here, budget=room, padded=False)
         if not planned or (planned[0].alone and self._slots.active):
             return
         taken = await self._take(planned)
         await self._run(self._enter, [_task(entry, state) for entry, state in taken])
 
     def _enter(self, tasks: list[SlotTask]) -> None:
+        if self._turns is not None:
+            self._turns.take()
         with self.meter.running():
             self._slots.admit(tasks)
 

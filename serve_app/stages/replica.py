@@ -8,9 +8,8 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,6 +37,7 @@ from serve_app.settings import StageSettings
 from serve_app.stages.observed import QueueState, StageObserver
 from serve_app.stages.ring import RingError, gpu_of
 from serve_app.stages.transport import Input, Receiver
+from serve_app.stages.turns import GpuTurns
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,8 @@ class StageReplica(ABC):
         self._worker: asyncio.Task[None] | None = None
         self.meter = StageMeter(on_gpu=device.type == "cuda")
         self._observer: StageObserver | None = None
+        # for the engine's thread
+        self._turns = None if self._gpu is None else GpuTurns(self._gpu)
         # One thread runs the engine, so that its work is ordered; the event loop stays free for calls.
         self._engine = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine")
 
@@ -236,6 +238,18 @@ class StageReplica(ABC):
         entry.events.put_nowait(event)
         return True
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The GPU's other stages wait meanwhile. What is launched inside must also end inside."""
+        if self._turns is None:
+            yield
+            return
+        self._turns.take()
+        try:
+            yield
+        finally:
+            self._turns.give()
+
     async def _run(self, work: Callable[..., T], *arguments: Any) -> T:
         """Runs a piece of the engine on its thread. A CUDA error ends the process: the device's state is lost, and
         Serve starts a clean replica."""
@@ -258,17 +272,6 @@ def _waiting(window: StageWindow) -> Waiting:
     return Waiting(window.window_id, window.cost, time.time(), window.deadline, window.priority, window.alone)
 
 
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """A batch on its way through the GPU. at: when the host launched it."""
-
-    cost: float
-    arrived: list[float]
-    at: float
-    begin: torch.cuda.Event
-    end: torch.cuda.Event
-
-
 class BatchStage(StageReplica):
     """A stage that runs rectangular batches: while one runs, the next gathers in the queue."""
 
@@ -278,20 +281,14 @@ class BatchStage(StageReplica):
     export: Callable[[Tensor, Sequence[Collection[str]]], list[Any]]
     """Makes results known to the next stage (``stages.transport.Exporter``)."""
 
-    def __init__(self, stage: StageSettings, device: torch.device):
-        super().__init__(stage, device)
-        self._on_gpu: deque[_Launched] = deque()
-
     def bounds(self, settings: FeedbackSettings, *, least: float, most: float) -> Bounds:
-        """Of the budget: from one window to what memory was planned for. A window sees the batches on their way end
-        before its own: one, or two where a GPU has the next one waiting."""
-        on_gpu = self._gpu is not None
+        """Of the budget: from one window to what memory was planned for. A window sees the batch before its own end."""
         return Bounds(
             least=least,
             most=most,
             quantum=least,
-            objective_s=settings.objective_s(self.stage, on_gpu=on_gpu),
-            batches=3 if on_gpu else 2,
+            objective_s=settings.objective_s(self.stage, on_gpu=self._gpu is not None),
+            batches=2,
             most_wait_s=settings.max_wait_s,
         )
 
@@ -299,34 +296,21 @@ class BatchStage(StageReplica):
     def _batch(self, inputs: list[Input]) -> Tensor:
         """Runs one batch, on the engine's thread: [n, …]."""
 
-    def _wait_turn(self) -> None:
-        """A GPU works while the host goes on: one batch may run and one wait for it, so that the GPU is never without
-        work, and windows gather meanwhile. (On the GPU; elsewhere a batch is done when its call returns.)"""
-        while self._on_gpu and (len(self._on_gpu) >= 2 or self._on_gpu[0].end.query()):
-            batch = self._on_gpu.popleft()
-            batch.end.synchronize()
-            seconds = batch.begin.elapsed_time(batch.end) / 1000
-            self.feedback.batch(batch.cost, batch.arrived, began=batch.at, seconds=seconds)
-
     def _run_batch(self, taken: list[tuple[Entry, Input]]) -> list[Any]:
-        at, begin = time.time(), None
-        if self._gpu is not None:
-            begin = torch.cuda.Event(enable_timing=True)
-            begin.record()
-        with self.meter.running():
-            results = self._batch([received for _, received in taken])
-            exported = self.export(results, [entry.window.consumers for entry, _ in taken])
+        with self._turn():
+            at = time.time()
+            with self.meter.running():
+                results = self._batch([received for _, received in taken])
+            if results.is_cuda:
+                done = torch.cuda.Event(blocking=True)  # who waits for it sleeps
+                done.record()
+                done.synchronize()
+            seconds = time.time() - at
         costs = [entry.window.cost for entry, _ in taken]
         self.meter.batch(len(taken), min(1.0, sum(costs) / self.budget), len(taken) * self.operations)
         arrived = [entry.waiting.arrived for entry, _ in taken]
-        padded = len(taken) * max(costs)
-        if begin is None:
-            self.feedback.batch(padded, arrived, began=at, seconds=time.time() - at)
-        else:
-            end = torch.cuda.Event(enable_timing=True)
-            end.record()
-            self._on_gpu.append(_Launched(padded, arrived, at, begin, end))
-        return exported
+        self.feedback.batch(len(taken) * max(costs), arrived, began=at, seconds=seconds)
+        return self.export(results, [entry.window.consumers for entry, _ in taken])
 
     async def _gather(self) -> None:
         """Waits for a fuller batch as long as feedback says, unless a window is in haste."""
@@ -345,7 +329,6 @@ class BatchStage(StageReplica):
     async def _work(self) -> None:
         while True:
             await self._next()
-            await self._run(self._wait_turn)
             self._adjust()
             await self._gather()
             self._expire()

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve_app.batching.feedback import FeedbackSettings
+from serve_app.batching.messages import Done, StageCall, StageWindow
+from serve_app.engine.checkpoint import load
+from serve_app.engine.encoder import Encoder
+from serve_app.engine.features import LogMel
+from serve_app.engine.options import DecodeOptions
+from serve_app.engine.precision import Compute
+from serve_app.settings import DecoderSettings, ModelSettings, Settings
+from serve_app.stages.decoder import DecoderStage
+from serve_app.stages.transport import StoredDescriptor
 from serve_app.stages.turns import LONGEST_S, GpuTurns, gives_way
+from tests.engine.conftest import SAMPLE, read_pcm
+from tests.stages.test_feedback import SleepingStage, run, window
 
 START = multiprocessing.get_context("spawn")
 PATIENCE_S = 60.0  # for a process to start
@@ -109,3 +124,65 @@ def test_a_decoder_gives_way_sooner_the_more_slots_are_free(held_s: float, free:
     # with all slots full, or windows here that will fill them, only time makes it give way
     full = gives_way(held_s=held_s, free=free, waiting=max(waiting, free), slots=slots)
     assert full == (held_s >= LONGEST_S)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_a_batch_waits_for_its_turn_and_gives_it_up_again(tmp_path: Path, turns: GpuTurns) -> None:
+    stage = SleepingStage(FeedbackSettings(enabled=False))
+    stage._turns = GpuTurns("GPU-0", tmp_path)  # as on a GPU
+    turns.take()
+    done = asyncio.create_task(run(stage, [window("0")]))
+    await until(lambda: turns.wanted)
+    assert stage.sizes == []
+    turns.give()
+    await done
+    assert stage.sizes == [1]
+    assert not stage._turns.held
+    assert not turns.wanted
+
+
+async def decode(stage: DecoderStage, *states: np.ndarray[Any, Any]) -> list[list[int]]:
+    windows = []
+    for i, state in enumerate(states):
+        arrived: asyncio.Future[np.ndarray[Any, Any]] = asyncio.get_running_loop().create_future()
+        arrived.set_result(state)
+        options = DecodeOptions(language="en", temperatures=(0.0,))
+        input_ = StoredDescriptor(cast(Any, arrived))
+        windows.append(StageWindow(str(i), input_, 1.0, time.time() + PATIENCE_S, options=options))
+    done: dict[str, list[int]] = {}
+    async for events in stage.process(StageCall(windows)):
+        done |= {event.window_id: event.result.tokens for event in events if isinstance(event, Done)}
+    return [done[window.window_id] for window in windows]
+
+
+async def test_a_decoder_steps_between_the_turns_of_others(tmp_path: Path, turns: GpuTurns) -> None:
+    model, slots = ModelSettings(source="embedded:tiny.en", compute="float32"), DecoderSettings(slots=4, max_tokens=100)
+    stage = DecoderStage(Settings(model=model, decoder=slots).filled(on_gpu=False))
+    speech, compute = read_pcm(SAMPLE), Compute.resolve("cpu", "float32")
+    log_mel = LogMel(80, compute)([speech[:400_000], speech[80_000:]])
+    states = list(Encoder(load("embedded:tiny.en"), compute)(log_mel).numpy())
+    undisturbed = await decode(stage, *states)
+    stage._turns = GpuTurns("GPU-0", tmp_path)  # as on a GPU
+    running = asyncio.create_task(decode(stage, *states))
+    await until(lambda: stage._slots.active == 2)
+    had = 0
+    while not running.done():
+        await asyncio.to_thread(turns.take)
+        if running.done() or not stage._slots.active:
+            turns.give()
+            break
+        had += 1
+        positions = [slot.position for slot in stage._slots._slots]
+        await asyncio.sleep(0.05)
+        assert [slot.position for slot in stage._slots._slots] == positions  # it stands still
+        turns.give()
+        await until(lambda: stage._slots.active == 0 or turns.wanted or bool(stage._turns and stage._turns.held))
+    assert await running == undisturbed
+    assert had > 3  # in the middle of windows
+    await until(lambda: not cast(GpuTurns, stage._turns).held)
+    turns.take()  # a decoder without work does not keep it
