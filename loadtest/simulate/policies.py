@@ -54,6 +54,18 @@ class Ours:
 
 
 @dataclass(slots=True)
+class Capped:
+    """Another policy with a ``max_replicas``."""
+
+    policy: Policy
+    max_replicas: int
+
+    def step(self, world: World) -> Mapping[str, int] | None:
+        wanted = self.policy.step(world)
+        return wanted and {unit: min(count, self.max_replicas) for unit, count in wanted.items()}
+
+
+@dataclass(slots=True)
 class Hpa:
     """Kubernetes' horizontal pod autoscaler: wanted = replicas × value / target, within a tolerance none; the
     largest wish of the stabilization window holds; at most doubled, or four more, in 15 s.

@@ -68,6 +68,8 @@ SATURATED = 0.9
 BAND, LEAST_BAND, MOST_BAND = 3.0, 0.005, 0.05
 """Replicas that are missing or to spare count from this share of all on: three standard deviations of the noise in the
 demand, within bounds."""
+FIRST_BAND = 0.1
+"""The same for headroom that nothing has been learned about yet."""
 DOWN_STEP = 2.0
 """Fewer replicas when, with one band to spare, two bands of them can go."""
 QUIET = 0.25
@@ -331,7 +333,7 @@ def _compare(
 
     more, reason, words = have, "steady", ""
     gated = False
-    if needed > have * (1 + band):
+    if needed > have * (1 + (band if state.learned else FIRST_BAND)):
         if state.learned or at_bound or late or plan > SATURATED * have * rate:
             more = math.ceil(needed - 1e-9)
             panic = state.panic_until is not None and now < state.panic_until
