@@ -81,7 +81,7 @@ class SlotDecoder:
         self._on_gpu = compute.device.type == "cuda"
         self.advance = SizedGraphs(self._step, buckets(slots)) if compute.has_kernels else self._step
         few = [n for n in persistent_step.SLOTS if n <= self.decoder.few]
-        self._advance_few = SizedGraphs(self._step_few, few) if few else None
+        self.advance_few = SizedGraphs(self._step_few, few) if few else None
         # on a GPU a step is running while the one before is read
         self._lag = 1 if self._on_gpu else 0
 
@@ -143,14 +143,14 @@ class SlotDecoder:
 
     def _start_step(self) -> None:
         n = len(self._slots)
-        if self._advance_few is None or n > self.decoder.few:
+        if self.advance_few is None or n > self.decoder.few:
             self.advance(n)
             return
         for slot in self._slots:
             if not slot.is_ready:
                 self.decoder.ready(slot.row)
                 slot.is_ready = True
-        self._advance_few(n)
+        self.advance_few(n)
 
     def _step_few(self, n: int) -> None:
         """As ``_step``."""
