@@ -46,7 +46,7 @@ def missed(result: Mapping[str, Any]) -> list[str]:
     """Goals that a run of this project's policy misses (pure)."""
     found = []
     name = result["trace"]
-    if name.startswith("constant") and result["late_events"] > 0:
+    if name == "constant" and result["late_events"] > 0:
         found.append(f"{result['late_events']} scale events in the last 80 %")
     if name == "step" and result["settle_s"] > 2 * result["cold_start_s"]:
         found.append(f"settled after {result['settle_s']:.0f} s")
