@@ -250,10 +250,9 @@ class BatchingHandle:
     def _take(self, replica_id: str, event: Event) -> None:
         replica = self._replicas[replica_id]
         match event:
-            case Started(window_ids):
-                for window_id in window_ids:
-                    if window_id in replica.holds:
-                        replica.holds[window_id].running = True
+            case Started(window_id):
+                if window_id in replica.holds:
+                    replica.holds[window_id].running = True
             case Done(window_id, result):
                 pending = replica.holds.pop(window_id, None)
                 if pending is not None and not pending.result.done():
@@ -280,8 +279,8 @@ class BatchingHandle:
         logger.warning("%s replica %s died with %d windows under way: %s", self._stage, replica_id, len(again), died)
         self._loop.call_later(5.0, self._dispatch)
         for pending in again:
-            # The notice that a window has started may have died with the replica, so each may be the reason. That of
-            # a window that runs alone always comes (``stages.replica.NOTICE_S``).
+            # Of windows that ran together each may be the reason; of one that runs alone the notice that it has started
+            # always comes (``stages.replica.NOTICE_S``).
             if pending.running or not pending.window.alone:
                 pending.deaths += 1
                 pending.window = replace(pending.window, alone=True)

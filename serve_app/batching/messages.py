@@ -32,9 +32,10 @@ class StageWindow:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """These windows run from now on: if the replica dies now, one of them may be the reason."""
+    """A window that runs alone runs from now on: if the replica dies now, it is the reason. Of windows that run
+    together any may be the reason, so nothing is said of them."""
 
-    window_ids: list[str]
+    window_id: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -209,7 +209,8 @@ class StageReplica(ABC):
             self._running[entry.window.window_id] = entry
             entry.began = time.time()
             self.meter.waited(entry.began - entry.waiting.arrived)
-            entry.events.put_nowait(Started([entry.window.window_id]))
+            if entry.window.alone:
+                entry.events.put_nowait(Started(entry.window.window_id))
         if any(w.alone for w in planned):
             await asyncio.sleep(NOTICE_S)
         taken: list[tuple[Entry, Input]] = []
