@@ -94,13 +94,14 @@ def loads(signals: Signals, now: float, stale_after_s: float) -> tuple[dict[Stag
         total = totals.get(signals.stages[stage].devices.get(name, ""), 0.0)
         return 1.0 if reading.gpu_share is None or total <= 0 else reading.gpu_share / total
 
-    found, device = {}, {}
+    found: dict[Stage, StageLoad] = {}
+    utilization: dict[Stage, float] = {}
     for stage, signal in signals.stages.items():
         parts = [(reading, part(stage, name, reading)) for name, reading in fresh[stage].items()]
         held = [_held(stage, reading) for reading in callers]
         found[stage] = _stage_load(stage, signal, parts, held)
-        device[stage] = _mean([device_utilization(*each) for each in parts])
-    return found, device
+        utilization[stage] = _mean([device_utilization(*each) for each in parts])
+    return found, utilization
 
 
 def device_utilization(reading: ReplicaReading, part: float) -> float:
