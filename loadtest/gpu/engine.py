@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -41,6 +43,49 @@ class Engine:
         while self.slots.active:
             tokens |= {window_id: window.tokens for window_id, window in self.slots.step()}
         return torch.tensor([tokens[str(i)] for i in range(len(log_mel))])
+
+
+class EngineOverlapped(Engine):
+    """A variant for comparison: the encoder works on a stream beside the decoder's, which goes first, while windows
+    before are decoded. The product's stages are processes of their own, and take turns."""
+
+    name = "whisper-serve engine, stages overlapped (variant)"
+
+    AHEAD = 2  # encoder batches on their way
+    BATCH = 16
+
+    def run(self, log_mel: Tensor) -> Tensor:
+        if not log_mel.is_cuda:  # without streams nothing overlaps
+            return super().run(log_mel)
+        options = DecodeOptions(language="en", timestamps=False)
+        here = torch.cuda.current_stream()
+        encoding, decoding = torch.cuda.Stream(priority=0), torch.cuda.Stream(priority=-1)
+        encoding.wait_stream(here)
+        decoding.wait_stream(here)
+        tokens: dict[str, list[int]] = {}
+        batches = self._encoded(log_mel, encoding)
+        ahead = deque(next(batches) for _ in range(min(self.AHEAD, -(-len(log_mel) // self.BATCH))))
+        with torch.cuda.stream(decoding):
+            while ahead or self.slots.active:
+                # a batch enters when it is done and there is room; where nothing else is to do, it is waited for
+                while ahead and self.slots.free >= len(ahead[0][1]) and (not self.slots.active or ahead[0][2].query()):
+                    first, states, done = ahead.popleft()
+                    decoding.wait_event(done)
+                    states.record_stream(decoding)
+                    self.slots.admit([SlotTask(str(first + i), state, options) for i, state in enumerate(states)])
+                    ahead.extend(batch for batch in (next(batches, None),) if batch is not None)
+                tokens |= {window_id: window.tokens for window_id, window in self.slots.step()}
+        here.wait_stream(decoding)
+        return torch.tensor([tokens[str(i)] for i in range(len(log_mel))])
+
+    def _encoded(self, log_mel: Tensor, stream: torch.cuda.Stream) -> Iterator[tuple[int, Tensor, torch.cuda.Event]]:
+        """Launches a batch whenever it is asked for one: its first window, the states, and when they are done."""
+        for first in range(0, len(log_mel), self.BATCH):
+            with torch.cuda.stream(stream):
+                states = self.encoder(log_mel[first : first + self.BATCH])
+                done = torch.cuda.Event()
+                done.record()
+            yield first, states, done
 
 
 class EngineFloat32(Engine):
