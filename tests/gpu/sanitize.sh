@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# compute-sanitizer's memcheck, racecheck and synccheck over the tests of every kernel, on a machine with a GPU:
+#
+#   tests/gpu/sanitize.sh [FOLDER] [TOOL...]     FOLDER: for the reports, by default reports in the temporary folder
+#
+# Only the project's own kernels are looked at: the tests' references run PyTorch's too. Runs are slow, so several go side
+# by side (JOBS, by default 8), and SELECT, as pytest's -k, leaves tests out. Ends with an error where a tool found one,
+# a test failed or a run came past LIMIT seconds (by default 500).
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+folder=$(realpath -m "${1:-${TMPDIR:-/tmp}/sanitize}"); shift || true
+tools=("${@:-memcheck racecheck synccheck}")
+kernels=(add_layer_norm bias_gelu embed encoder_attention latent_attention linear log_mel next_token persistent_step self_attention)
+mkdir -p "$folder"
+export FILTER=$(printf -- '--kernel-name kns=%s ' "${kernels[@]}") FOLDER=$folder SELECT=${SELECT:-} LIMIT=${LIMIT:-500}
+
+one() {
+  name=$(basename "$2" .py).$1
+  # probing what the device can do makes calls fail, as they shall
+  timeout "$LIMIT" compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 9 $FILTER \
+    python3 -m pytest -q --noconftest -p no:cacheprovider -W ignore -k "$SELECT" "$2" >"$FOLDER/$name.log" 2>&1
+  status=$?
+  echo "$name: status $status, $(grep -c '^=========.*[Ee]rror:\|hazard' "$FOLDER/$name.log") reports, $(tail -1 "$FOLDER/$name.log" | cut -c1-120)"
+  return $status
+}
+export -f one
+for tool in ${tools[*]}; do
+  for test in embedding encoder_attention gelu latent_attention layer_norm linear log_mel next_token self_attention decoder; do
+    echo "$tool tests/gpu/test_$test.py"
+  done
+done | xargs -P "${JOBS:-8}" -L 1 bash -c 'one "$@"' _
