@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,16 @@ import ray
 import torch
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import BackpressureConfig, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.api.routes import build_api
 from serve_app.batching.router import StageRouter
 from serve_app.engine.options import TranscribeOptions
 from serve_app.engine.transcript import Transcript
-from serve_app.scaling.readings import encode
+from serve_app.scaling.mount import API
+from serve_app.scaling.policy import PODS
+from serve_app.scaling.readings import STAGES, Stage, encode
 from serve_app.service import Transcriber
 from serve_app.settings import Settings, StageSettings
 from serve_app.stages.decoder import DecoderStage
@@ -30,6 +33,9 @@ HEALTH_CHECK_S = 1.0
 
 DRAIN_S = 60.0
 """A replica that is told to stop has this long to finish what it holds."""
+
+REPORT_S = 0.5
+"""How often an autoscaled replica sends its reading to Serve's controller."""
 
 WORKER_ENV = {
     # OpenMP threads that wait for work sleep instead of spinning: stages share the cores
@@ -76,13 +82,13 @@ class Api:
 
 def build(settings: Settings) -> serve.Application:
     """The application's graph: Api → features, encoder, decoder."""
-    settings = settings.filled(on_gpu=_on_gpu(settings))
-    features = _stage(FeaturesStage, "features", settings.features).bind(settings)
-    encoder = _stage(EncoderStage, "encoder", settings.encoder).bind(settings)
-    decoder = _stage(DecoderStage, "decoder", settings.decoder).bind(settings)
+    settings = filled(settings)
+    features = _stage(FeaturesStage, "features", settings, settings.features).bind(settings)
+    encoder = _stage(EncoderStage, "encoder", settings, settings.encoder).bind(settings)
+    decoder = _stage(DecoderStage, "decoder", settings, settings.decoder).bind(settings)
     api = serve.deployment(
-        name="api",
-        num_replicas=settings.http.replicas,
+        name=API,
+        **_api_replicas(settings),
         # the transcriber's own bound answers first, with advice when to come back
         max_ongoing_requests=2 * settings.request.max_active + 64,
         max_queued_requests=settings.request.max_active,
@@ -95,6 +101,11 @@ def build(settings: Settings) -> serve.Application:
     return application
 
 
+def filled(settings: Settings) -> Settings:
+    """With the defaults that depend on where the stages will run."""
+    return settings.filled(on_gpu=_on_gpu(settings))
+
+
 def _on_gpu(settings: Settings) -> bool:
     """Will the stages run on GPUs? Where the settings leave it open, on those that the cluster has."""
     if settings.model.device != "auto":
@@ -102,10 +113,10 @@ def _on_gpu(settings: Settings) -> bool:
     return bool(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else torch.cuda.is_available()
 
 
-def _stage(replica: type[StageReplica], name: str, stage: StageSettings) -> serve.Deployment:
+def _stage(replica: type[StageReplica], name: Stage, settings: Settings, stage: StageSettings) -> serve.Deployment:
     return serve.deployment(
         name=name,
-        num_replicas=stage.replicas,
+        **_stage_replicas(settings, name, stage),
         # calls carry several windows, and windows are what is bounded (StageSettings.max_queued_windows)
         max_ongoing_requests=100_000,
         request_router_config=RequestRouterConfig(
@@ -119,3 +130,41 @@ def _stage(replica: type[StageReplica], name: str, stage: StageSettings) -> serv
             "runtime_env": {"env_vars": WORKER_ENV},
         },
     )(replica)
+
+
+def _stage_replicas(settings: Settings, name: Stage, stage: StageSettings) -> dict[str, Any]:
+    """Options that say how many: as many as are set, or what the policy says within its limits."""
+    scaling = settings.scaling
+    if not scaling.enabled:
+        return {"num_replicas": stage.replicas}
+    if scaling.topology == "colocated":
+        limits = scaling.limits(PODS)
+        start = max(getattr(settings, each).replicas for each in STAGES)
+    else:
+        limits = scaling.limits(name)
+        start = stage.replicas
+    start = min(max(start, limits.min_replicas), limits.max_replicas)
+    return {"autoscaling_config": _scaled(limits.min_replicas, start, limits.max_replicas)}
+
+
+def _api_replicas(settings: Settings) -> dict[str, Any]:
+    """As many as are set; Serve asks autoscaled deployments alone for readings, so with a policy it is one of them."""
+    count = settings.http.replicas
+    return {"autoscaling_config": _scaled(count, count, count)} if settings.scaling.enabled else {"num_replicas": count}
+
+
+def _scaled(least: int, start: int, most: int) -> AutoscalingConfig:
+    """The policy has its own hold times, so Serve adds no delay."""
+    with warnings.catch_warnings():
+        # NOTES: of Ray 2.60. The environment variables that are to replace ``metrics_interval_s`` are read by nothing.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=least,
+            initial_replicas=start,
+            max_replicas=most,
+            upscale_delay_s=0,
+            downscale_delay_s=0,
+            downscale_to_zero_delay_s=0,
+            metrics_interval_s=REPORT_S,
+            look_back_period_s=4 * REPORT_S,  # a report carries all of it; only the newest reading counts
+        )

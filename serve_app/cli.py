@@ -79,9 +79,17 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     model: Model = None,
     config: Config = None,
+    autoscale: Annotated[
+        bool, typer.Option("--autoscale", help="Let replicas follow the load (settings: scaling).")
+    ] = False,
 ) -> None:
     """Start the application and stay up until interrupted."""
-    settings = settings_from(config, http={"host": host, "port": port}, model={"source": model})
+    settings = settings_from(
+        config,
+        http={"host": host, "port": port},
+        model={"source": model},
+        scaling={"enabled": autoscale or None},
+    )
     from serve_app.running import running
 
     stop = threading.Event()

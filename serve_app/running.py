@@ -13,6 +13,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 
 from serve_app.app import WORKER_ENV, build
+from serve_app.declared import declared
 from serve_app.settings import HttpSettings, Settings
 
 
@@ -35,7 +36,10 @@ def running(settings: Settings) -> Iterator[str]:
         serve.start(http_options=HTTPOptions(host=settings.http.host, port=settings.http.port))
         _check_address(settings.http)
         stack.callback(serve.delete, settings.app_name)
-        serve.run(build(settings), name=settings.app_name, route_prefix="/")
+        if settings.scaling.enabled:
+            stack.enter_context(declared(settings))
+        else:
+            serve.run(build(settings), name=settings.app_name, route_prefix="/")
         yield f"http://{settings.http.host}:{settings.http.port}"
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
 from serve_app.batching.feedback import FeedbackSettings
+from serve_app.scaling.config import ScalingSettings
 
 ENV_PREFIX = "WHISPER_SERVE_"
 CONFIG_FILE_VARIABLE = "WHISPER_SERVE_CONFIG"
@@ -82,7 +83,7 @@ class VadSettings(Section):
 class StageSettings(Section):
     """A stage's replicas and what each takes at a time."""
 
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1, description="with scaling.enabled as many at the start, within its limits")
     num_cpus: float = Field(0.0, ge=0, description="Ray's logical CPUs a replica reserves")
     num_gpus: float | None = Field(
         None,
@@ -169,6 +170,7 @@ class Settings(BaseSettings):
     encoder: EncoderSettings = EncoderSettings()
     decoder: DecoderSettings = DecoderSettings()
     feedback: FeedbackSettings = FeedbackSettings()
+    scaling: ScalingSettings = ScalingSettings()
     request: RequestSettings = RequestSettings()
     http: HttpSettings = HttpSettings()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -27,6 +28,7 @@ class ScalingSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    enabled: bool = Field(False, description="off: every deployment keeps the replicas that its settings name")
     topology: Literal["colocated", "split"] = Field(
         "colocated", description="colocated: all stages in each pod, one number of pods; split: a number for each stage"
     )
@@ -56,6 +58,10 @@ class ScalingSettings(BaseModel):
     stale_after_s: float = Field(5.0, gt=0, description="an older reading says nothing")
     zero_after_s: float | None = Field(
         None, gt=0, description="without work for this long, replicas go down to min_replicas even if that is 0"
+    )
+    decision_log: Path | None = Field(
+        None,
+        description="file on Serve's controller's machine to which every second's signals and decision are appended",
     )
 
     def limits(self, unit: str) -> Limits:

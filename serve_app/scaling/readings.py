@@ -6,6 +6,7 @@ They travel through Ray Serve as dictionaries of numbers (``record_autoscaling_s
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar, get_type_hints
@@ -35,6 +36,7 @@ class ReplicaReading:
         empty ones; None before its first batch.
     budget_at_bound: its batches cannot grow any more.
     done_s: seconds of audio that it finishes a second, smoothed over some seconds.
+    gpu: the UUID of its GPU, without a prefix; None on a CPU.
     """
 
     at: float
@@ -51,6 +53,7 @@ class ReplicaReading:
     rate: float | None
     budget_at_bound: bool
     done_s: float
+    gpu: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +81,30 @@ class CallerReading:
 Reading = TypeVar("Reading", ReplicaReading, CallerReading)
 
 
+GPU_PARTS = {"gpu_high": 80, "gpu_middle": 32, "gpu_low": 0}
+"""A UUID's 128 bits as numbers that a float holds exactly: each from so many bits up to the one before."""
+
+
 def encode(reading: ReplicaReading | CallerReading) -> dict[str, float]:
-    """As numbers alone, which is all that Ray Serve takes: None is NaN, truth is 1 or 0."""
-    values = ((field.name, getattr(reading, field.name)) for field in fields(reading))
-    return {name: math.nan if value is None else float(value) for name, value in values}
+    """As numbers alone, which is all that Ray Serve takes: None is NaN, truth is 1 or 0. Raises ValueError where the
+    GPU is not named by a UUID."""
+    numbers: dict[str, float] = {}
+    for field in fields(reading):
+        value = getattr(reading, field.name)
+        if field.name == "gpu":
+            numbers |= _gpu_numbers(value)
+        else:
+            numbers[field.name] = math.nan if value is None else float(value)
+    return numbers
 
 
 def decode(kind: type[Reading], values: Mapping[str, float]) -> Reading:
     """The reading that was encoded; other keys, such as Serve's own, are ignored. Raises ValueError where something is
     missing, or is NaN that must be known."""
     hints = get_type_hints(kind)
-    names = [field.name for field in fields(kind)]
-    if missing := [name for name in names if name not in values]:
+    names: list[str] = [field.name for field in fields(kind) if field.name != "gpu"]
+    parts: list[str] = list(GPU_PARTS) if "gpu" in hints else []
+    if missing := [name for name in names + parts if name not in values]:
         raise ValueError(f"a {kind.__name__} without {', '.join(missing)}")
     found: dict[str, Any] = {}
     for name in names:
@@ -100,4 +115,22 @@ def decode(kind: type[Reading], values: Mapping[str, float]) -> Reading:
             found[name] = None
         else:
             found[name] = hints[name](value) if hints[name] in (int, bool) else float(value)
+    if parts:
+        found["gpu"] = _gpu_of(values)
     return kind(**found)
+
+
+def _gpu_numbers(gpu: str | None) -> dict[str, float]:
+    if gpu is None:
+        return dict.fromkeys(GPU_PARTS, math.nan)
+    left, numbers = uuid.UUID(gpu).int, {}
+    for name, low in GPU_PARTS.items():
+        numbers[name] = float(left >> low)
+        left &= (1 << low) - 1
+    return numbers
+
+
+def _gpu_of(values: Mapping[str, float]) -> str | None:
+    if any(math.isnan(values[name]) for name in GPU_PARTS):
+        return None
+    return str(uuid.UUID(int=sum(int(values[name]) << low for name, low in GPU_PARTS.items())))

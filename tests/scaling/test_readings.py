@@ -29,6 +29,7 @@ REPLICAS = st.builds(
     rate=st.none() | NUMBERS,
     budget_at_bound=st.booleans(),
     done_s=NUMBERS,
+    gpu=st.none() | st.uuids().map(str),
 )
 CALLERS = st.builds(CallerReading, **{f.name: COUNTS if f.type == "int" else NUMBERS for f in fields(CallerReading)})
 
@@ -40,6 +41,12 @@ SERVES_OWN = {"ray_io_serve_running_requests": 3.0}
 def test_a_replicas_reading_comes_back_as_it_was(reading: ReplicaReading) -> None:
     assert all(type(value) is float for value in encode(reading).values())
     assert decode(ReplicaReading, encode(reading) | SERVES_OWN) == reading
+
+
+def test_a_gpu_without_a_uuid_is_refused() -> None:
+    reading = ReplicaReading(0, 0, None, None, None, 1, 0, 0, 0, 0, 0, None, False, 0, gpu="cuda:0")
+    with pytest.raises(ValueError, match="UUID"):
+        encode(reading)
 
 
 @given(CALLERS)

@@ -1,0 +1,128 @@
+"""The policy inside Ray Serve: what replicas report becomes signals, a decision becomes replica counts.
+
+Serve's controller calls an application's policy ten times a second, between everything else it does, so the policy is
+asked once a second only and nothing here waits for anything but a line to be appended to the decision log.
+
+NOTES: Serve pickles this module by value and the rest of the project by name, so what must be one object in a process
+(metrics, types that are compared) lives in other modules. An error that left ``__call__`` would stop Serve from looking
+after all its applications: it is logged, and replicas stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from ray.serve._private.common import DeploymentID
+from ray.serve.config import AutoscalingContext
+
+from serve_app import metrics
+from serve_app.scaling.config import ScalingSettings
+from serve_app.scaling.load import Signals, StageSignals
+from serve_app.scaling.policy import PODS, Decision, State, decide
+from serve_app.scaling.readings import STAGES, CallerReading, Reading, ReplicaReading, Stage, decode
+from serve_app.scaling.replay import DecisionLog, Entry
+
+logger = logging.getLogger("ray.serve")  # the controller writes this one to its log file
+
+PERIOD_S = 1.0
+API = "api"
+"""The deployment whose replicas call the stages."""
+
+EXPECTED = {"up": ("demand", "burst", "queue", "wake"), "down": ("fewer", "idle")}
+"""Decisions whose counters are shown from the start."""
+
+
+class ServePolicy:
+    """For Serve: made once for an application, then called with its deployments.
+
+    scaling: ``ScalingSettings`` as JSON. gpus: what a replica of each stage holds of a GPU.
+    """
+
+    def __init__(self, scaling: Mapping[str, Any], gpus: Mapping[Stage, float]):
+        self._config = ScalingSettings.model_validate(scaling)
+        self._gpus = dict(gpus)
+        self._state = State()
+        self._targets: dict[Stage, int] = {}
+        self._asked_at = -PERIOD_S
+        self._log: DecisionLog | None = None
+        self._told: set[str] = set()
+        for stage in STAGES:
+            for direction, reasons in EXPECTED.items():
+                for reason in reasons:
+                    metrics.SCALING_DECISIONS.start(stage=stage, direction=direction, reason=reason)
+
+    def __call__(
+        self, contexts: Mapping[DeploymentID, AutoscalingContext]
+    ) -> tuple[dict[DeploymentID, int], dict[DeploymentID, dict[str, Any]]]:
+        """Replica counts of the stages; Serve leaves the deployments that are not named as they are."""
+        by_name = {deployment.name: context for deployment, context in contexts.items()}
+        # while the application is being deployed some stages are missing
+        if time.monotonic() - self._asked_at >= PERIOD_S and all(stage in by_name for stage in STAGES):
+            self._asked_at = time.monotonic()
+            try:
+                self._ask(by_name, time.time())
+            except Exception as error:
+                if str(error) not in self._told:
+                    self._told.add(str(error))
+                    logger.exception("autoscaling: replicas stay as they are")
+        return {id: self._targets[id.name] for id in contexts if id.name in self._targets}, {}
+
+    def _ask(self, contexts: Mapping[str, AutoscalingContext], now: float) -> None:
+        signals = signals_of(contexts, self._gpus)
+        self._state, decision = decide(self._config, self._state, signals, now)
+        self._targets = dict(decision.targets)
+        _report(signals, decision)
+        if self._config.decision_log is not None:
+            if self._log is None:
+                self._log = DecisionLog(self._config.decision_log, self._config)
+            self._log.write(Entry(now, signals, decision))
+
+
+def signals_of(contexts: Mapping[str, AutoscalingContext], gpus: Mapping[Stage, float]) -> Signals:
+    """contexts: by the deployment's name."""
+    stages = {}
+    for stage in STAGES:
+        context = contexts[stage]
+        readings = _readings(ReplicaReading, context)
+        ready = context.current_num_replicas
+        stages[stage] = StageSignals(
+            target=context.target_num_replicas,
+            ready=ready,
+            pending=max(0, context.target_num_replicas - ready),
+            gpus=gpus[stage],
+            readings=readings,
+            devices={replica: reading.gpu for replica, reading in readings.items() if reading.gpu is not None},
+        )
+    return Signals(stages, _readings(CallerReading, contexts[API]) if API in contexts else {})
+
+
+def _readings(kind: type[Reading], context: AutoscalingContext) -> dict[str, Reading]:
+    """The newest reading of each running replica that has sent one, by its id."""
+    reports: dict[str, dict[str, float]] = {}
+    for name, replicas in (context.raw_metrics or {}).items():
+        for replica, series in replicas.items():
+            if series:
+                reports.setdefault(replica.unique_id, {})[name] = series[-1].value
+    readings: dict[str, Reading] = {}
+    for replica_id, values in reports.items():
+        # a replica of another version is one that has not been heard of: the policy knows what that means
+        with suppress(ValueError):
+            readings[replica_id] = decode(kind, values)
+    return readings
+
+
+def _report(signals: Signals, decision: Decision) -> None:
+    """To the metrics, and changes to the controller's log."""
+    for stage, target in decision.targets.items():
+        unit = decision.units.get(stage) or decision.units[PODS]
+        before = signals.stages[stage]
+        direction = "up" if target > before.target else "down" if target < before.target else "hold"
+        metrics.SCALING_DECISIONS.add(stage=stage, direction=direction, reason=unit.reason)
+        metrics.SCALING_WANTED.set(target, stage=stage)
+        metrics.SCALING_CURRENT.set(before.ready, stage=stage)
+        if direction != "hold":
+            logger.info(f"{stage}: {before.target} → {target} replicas ({unit.reason}): {unit.words}")
