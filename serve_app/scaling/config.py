@@ -61,7 +61,7 @@ class ScalingSettings(BaseModel):
     )
     decision_log: Path | None = Field(
         None,
-        description="file on Serve's controller's machine to which every second's signals and decision are appended",
+        description="file on Serve's controller's machine to which all signals and decisions are appended",
     )
 
     def limits(self, unit: str) -> Limits:
