@@ -57,7 +57,8 @@ def ray_cluster() -> Iterator[int]:
     from serve_app.app import WORKER_ENV
 
     os.environ.update(WORKER_ENV)
-    os.environ["RAY_metrics_report_interval_ms"] = "1000"  # the tests of metrics wait for them
+    # The tests of metrics wait for them; Ray reads this spelling only.
+    os.environ["RAY_metrics_report_interval_ms"] = "1000"  # noqa: SIM112
     ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     port = free_port()
     serve.start(http_options=HTTPOptions(port=port))
