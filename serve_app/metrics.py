@@ -182,6 +182,19 @@ STAGE_QUEUE = Gauge("whisper_stage_queue_windows", "windows", _REPLICA, "Windows
 STAGE_QUEUE_AUDIO = Gauge("whisper_stage_queue_audio_seconds", "s", _REPLICA, "Seconds of audio in these.")
 STAGE_OLDEST_WAIT = Gauge("whisper_stage_oldest_wait_seconds", "s", _REPLICA, "How long the first of these has waited.")
 STAGE_RUNNING = Gauge("whisper_stage_running_windows", "windows", _REPLICA, "Windows in its batch or slots.")
+STAGE_AT_BOUND = Gauge("whisper_stage_budget_at_bound", "0 or 1", _REPLICA, "Its batches cannot grow any more.")
+STAGE_DONE = Gauge(
+    "whisper_stage_done_audio_seconds_per_second",
+    "audio s/s",
+    _REPLICA,
+    "Seconds of audio that it finishes a second, smoothed over some seconds.",
+)
+STAGE_TIME = Gauge(
+    "whisper_stage_reading_time_seconds",
+    "Unix time",
+    _REPLICA,
+    "When its gauges were set: how old they are, whoever has kept them since.",
+)
 STAGE_BATCH = Histogram(
     "whisper_stage_batch_windows", "windows", ("stage",), "Windows in a batch, or in a decoding step.", buckets=SIZES
 )
@@ -234,6 +247,12 @@ CREDIT_QUEUE = Gauge(
     "whisper_credit_queue_windows", "windows", _REPLICA, "Windows that wait in an API replica until a stage takes them."
 )
 CREDIT_QUEUE_AUDIO = Gauge("whisper_credit_queue_audio_seconds", "s", _REPLICA, "Seconds of audio in these.")
+CREDIT_OLDEST_WAIT = Gauge(
+    "whisper_credit_oldest_wait_seconds", "s", _REPLICA, "How long the first of these has waited."
+)
+CALLER_TIME = Gauge(
+    "whisper_caller_reading_time_seconds", "Unix time", ("replica",), "When an API replica's gauges were set."
+)
 
 # ---- requests ----
 

@@ -97,6 +97,8 @@ class Transcriber:
                 queue = handle.waiting()
                 metrics.CREDIT_QUEUE.set(queue.windows, stage=name, replica=replica)
                 metrics.CREDIT_QUEUE_AUDIO.set(queue.seconds, stage=name, replica=replica)
+                metrics.CREDIT_OLDEST_WAIT.set(queue.oldest_wait_s, stage=name, replica=replica)
+            metrics.CALLER_TIME.set(time.time(), replica=replica)
             await asyncio.sleep(PERIOD_S)
 
     async def transcribe(

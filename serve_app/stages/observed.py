@@ -47,7 +47,7 @@ class StageObserver:
     ``ReplicaReading``."""
 
     def __init__(self, replica: Observed, gpu: str | None, saturation: float = 1.0):
-        self._replica, self._saturation = replica, saturation
+        self._replica, self._gpu, self._saturation = replica, gpu, saturation
         self._reader = None if gpu is None else GpuReader(gpu)
         self._labels = {"stage": replica.stage, "replica": replica_name()}
         self._gpu_labels = {**self._labels, "gpu": gpu or "cpu"}
@@ -74,6 +74,7 @@ class StageObserver:
             rate=period.rate,
             budget_at_bound=self._replica.budget_at_bound,
             done_s=period.done_s,
+            gpu=self._gpu,
         )
 
     @property
@@ -115,6 +116,7 @@ class StageObserver:
         metrics.STAGE_GPU_SHARE.set(period.gpu_share, **self._labels)
         metrics.STAGE_FILL.set(period.fill, **self._labels)
         metrics.STAGE_RATE.set(period.rate, **self._labels)
+        metrics.STAGE_DONE.set(period.done_s, **self._labels)
         for windows, times in period.batches.items():
             for _ in range(times):
                 metrics.STAGE_BATCH.observe(windows, stage=stage)
@@ -128,13 +130,15 @@ class StageObserver:
         metrics.TOKENS.add(period.tokens, stage=stage)
 
     def _record_state(self) -> None:
-        queue = self._replica.queue_state()
+        now, queue = time.time(), self._replica.queue_state()
         metrics.STAGE_SATURATION.set(self._saturation, **self._labels)
         metrics.STAGE_BUDGET.set(self._replica.budget, **self._labels)
         metrics.STAGE_QUEUE.set(queue.waiting, **self._labels)
         metrics.STAGE_QUEUE_AUDIO.set(queue.waiting_s, **self._labels)
-        metrics.STAGE_OLDEST_WAIT.set(queue.oldest_wait_s(time.time()), **self._labels)
+        metrics.STAGE_OLDEST_WAIT.set(queue.oldest_wait_s(now), **self._labels)
         metrics.STAGE_RUNNING.set(queue.running, **self._labels)
+        metrics.STAGE_AT_BOUND.set(self._replica.budget_at_bound, **self._labels)
+        metrics.STAGE_TIME.set(now, **self._labels)
 
 
 def replica_name() -> str:
