@@ -17,9 +17,8 @@ from serve_app.api.routes import build_api
 from serve_app.batching.router import StageRouter
 from serve_app.engine.options import TranscribeOptions
 from serve_app.engine.transcript import Transcript
-from serve_app.scaling.mount import API
 from serve_app.scaling.policy import PODS
-from serve_app.scaling.readings import STAGES, Stage, encode
+from serve_app.scaling.readings import API, STAGES, Stage, encode
 from serve_app.service import Transcriber
 from serve_app.settings import Settings, StageSettings
 from serve_app.stages.decoder import DecoderStage
@@ -95,7 +94,8 @@ def build(settings: Settings) -> serve.Application:
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         health_check_period_s=HEALTH_CHECK_S,
         graceful_shutdown_timeout_s=DRAIN_S,
-        ray_actor_options={"num_cpus": 0},
+        max_replicas_per_node=settings.http.max_replicas_per_node,
+        ray_actor_options={"num_cpus": 0, "resources": settings.http.resources},
     )(Api)
     application: serve.Application = api.bind(settings, features, encoder, decoder)
     return application
@@ -124,9 +124,11 @@ def _stage(replica: type[StageReplica], name: Stage, settings: Settings, stage: 
         ),
         health_check_period_s=HEALTH_CHECK_S,
         graceful_shutdown_timeout_s=DRAIN_S,
+        max_replicas_per_node=stage.max_replicas_per_node,
         ray_actor_options={
             "num_cpus": stage.num_cpus,
             "num_gpus": stage.num_gpus,
+            "resources": stage.resources,
             "runtime_env": {"env_vars": WORKER_ENV},
         },
     )(replica)

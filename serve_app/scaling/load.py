@@ -35,6 +35,12 @@ class StageSignals:
     devices: Mapping[str, str] = field(default_factory=dict)
 
 
+def stage_signals(*, target: int, ready: int, gpus: float, readings: Mapping[str, ReplicaReading]) -> StageSignals:
+    """Of replicas that name their GPUs; what is asked for and not ready is starting."""
+    devices = {replica: reading.gpu for replica, reading in readings.items() if reading.gpu is not None}
+    return StageSignals(target, ready, max(0, target - ready), gpus, readings, devices)
+
+
 @dataclass(frozen=True, slots=True)
 class Signals:
     """All that the policy sees. callers: the last reading of each API replica, by its id."""

@@ -20,21 +20,17 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.config import AutoscalingContext
 
 from serve_app import metrics
+from serve_app.scaling.changes import changes, expected
 from serve_app.scaling.config import ScalingSettings
-from serve_app.scaling.load import Signals, StageSignals
-from serve_app.scaling.policy import PODS, Decision, State, decide
-from serve_app.scaling.readings import STAGES, CallerReading, Reading, ReplicaReading, Stage, decode
-from serve_app.scaling.replay import DecisionLog, Entry
+from serve_app.scaling.load import Signals, stage_signals
+from serve_app.scaling.policy import Decision, State, decide
+from serve_app.scaling.readings import API, STAGES, CallerReading, Reading, ReplicaReading, Stage, decode
+from serve_app.scaling.replay import Begin, DecisionLog, Entry
 
 logger = logging.getLogger("ray.serve")  # the controller writes this one to its log file
 
 PERIOD_S = 0.5
 """Twice as often as readings change: a change is answered that much sooner."""
-API = "api"
-"""The deployment whose replicas call the stages."""
-
-EXPECTED = {"up": ("demand", "burst", "queue", "wake"), "down": ("fewer", "idle")}
-"""Decisions whose counters are shown from the start."""
 
 
 class ServePolicy:
@@ -51,10 +47,8 @@ class ServePolicy:
         self._asked_at = -PERIOD_S
         self._log: DecisionLog | None = None
         self._told: set[str] = set()
-        for stage in STAGES:
-            for direction, reasons in EXPECTED.items():
-                for reason in reasons:
-                    metrics.SCALING_DECISIONS.start(stage=stage, direction=direction, reason=reason)
+        for stage, direction, reason in expected():
+            metrics.SCALING_DECISIONS.start(stage=stage, direction=direction, reason=reason)
 
     def __call__(
         self, contexts: Mapping[DeploymentID, AutoscalingContext]
@@ -79,7 +73,7 @@ class ServePolicy:
         _report(signals, decision)
         if self._config.decision_log is not None:
             if self._log is None:
-                self._log = DecisionLog(self._config.decision_log, self._config)
+                self._log = DecisionLog(self._config.decision_log, Begin(self._config))
             self._log.write(Entry(now, signals, decision))
 
 
@@ -88,15 +82,11 @@ def signals_of(contexts: Mapping[str, AutoscalingContext], gpus: Mapping[Stage, 
     stages = {}
     for stage in STAGES:
         context = contexts[stage]
-        readings = _readings(ReplicaReading, context)
-        ready = context.current_num_replicas
-        stages[stage] = StageSignals(
+        stages[stage] = stage_signals(
             target=context.target_num_replicas,
-            ready=ready,
-            pending=max(0, context.target_num_replicas - ready),
+            ready=context.current_num_replicas,
             gpus=gpus[stage],
-            readings=readings,
-            devices={replica: reading.gpu for replica, reading in readings.items() if reading.gpu is not None},
+            readings=_readings(ReplicaReading, context),
         )
     return Signals(stages, _readings(CallerReading, contexts[API]) if API in contexts else {})
 
@@ -118,12 +108,9 @@ def _readings(kind: type[Reading], context: AutoscalingContext) -> dict[str, Rea
 
 def _report(signals: Signals, decision: Decision) -> None:
     """To the metrics, and changes to the controller's log."""
-    for stage, target in decision.targets.items():
-        unit = decision.units.get(stage) or decision.units[PODS]
-        before = signals.stages[stage]
-        direction = "up" if target > before.target else "down" if target < before.target else "hold"
-        metrics.SCALING_DECISIONS.add(stage=stage, direction=direction, reason=unit.reason)
-        metrics.SCALING_WANTED.set(target, stage=stage)
-        metrics.SCALING_CURRENT.set(before.ready, stage=stage)
-        if direction != "hold":
-            logger.info(f"{stage}: {before.target} → {target} replicas ({unit.reason}): {unit.words}")
+    for change in changes(signals, decision):
+        metrics.SCALING_DECISIONS.add(stage=change.stage, direction=change.direction, reason=change.reason)
+        metrics.SCALING_WANTED.set(change.target, stage=change.stage)
+        metrics.SCALING_CURRENT.set(change.ready, stage=change.stage)
+        if change.direction != "hold":
+            logger.info(str(change))

@@ -82,6 +82,8 @@ REVIEW_S = 600.0
 AIM = 0.75
 """Of the 1 % that may be late, what headroom is chosen for: the real fleet is later than the one in thought."""
 LATE_SHARE = 0.01
+LEARNED_FOR = ("topology", "cold_start_s", "down_hold_s", "objective_wait_s")
+"""Settings that a change of makes the policy begin anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,24 @@ class State:
 
 
 _STATE = TypeAdapter(State)
+
+
+def carried(state: State, before: ScalingSettings, after: ScalingSettings) -> State:
+    """What of a state holds when the configuration changes from one to the other.
+
+    What was learned, was learned for a topology, a cold start, a hold time and an objective. A headroom that was not
+    learned comes from ``sm_utilization``.
+    """
+    if any(getattr(before, name) != getattr(after, name) for name in LEARNED_FOR):
+        return State()
+    if before.sm_utilization == after.sm_utilization:
+        return state
+    return State(
+        {
+            name: unit if unit.learned else replace(unit, choice=None, reviewed_at=None)
+            for name, unit in state.units.items()
+        }
+    )
 
 
 @dataclass(frozen=True, slots=True)

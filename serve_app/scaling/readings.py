@@ -16,6 +16,9 @@ Stage = str
 
 STAGES: tuple[Stage, ...] = ("features", "encoder", "decoder")
 
+API = "api"
+"""The deployment whose replicas call the stages."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReading:

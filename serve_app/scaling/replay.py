@@ -3,8 +3,8 @@ same again, decides the same::
 
     python -m serve_app.scaling.replay LOG
 
-A line is a ``Begin``, where a policy starts from nothing, or an ``Entry``, a decision. Ends with status 1 where a
-decision differs, with 2 where the file is no such log.
+A line is a ``Begin``, where a policy starts or its configuration changes, or an ``Entry``, a decision. Ends with status
+1 where a decision differs, with 2 where the file is no such log.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -24,9 +24,10 @@ from serve_app.scaling.policy import Decision, State, decide
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """What follows is decided by this configuration, from an empty state."""
+    """What follows is decided by this configuration, from this state."""
 
     config: ScalingSettings
+    state: State = field(default_factory=State)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,16 @@ _LINE: TypeAdapter[Begin | Entry] = TypeAdapter(Begin | Entry)
 class DecisionLog:
     """Appends to the file, which is made where it is missing. Raises OSError where it cannot be written."""
 
-    def __init__(self, path: Path, config: ScalingSettings):
+    def __init__(self, path: Path, begin: Begin):
         self._file = path.open("ab")
-        self.write(Begin(config))
+        self.write(begin)
 
     def write(self, line: Begin | Entry) -> None:
         self._file.write(_LINE.dump_json(line) + b"\n")
         self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read(path: Path) -> Iterator[Begin | Entry]:
@@ -78,7 +82,7 @@ def replay(path: Path) -> tuple[int, list[Difference]]:
     state, count, differences = State(), 0, []
     for number, line in enumerate(read(path), start=1):
         if isinstance(line, Begin):
-            config, state = line.config, State()
+            config, state = line.config, line.state
             continue
         if config is None:
             raise ValueError(f"{path}, line {number}: a decision, but no configuration before it")
