@@ -22,10 +22,10 @@ from ray.serve.config import AutoscalingContext
 from serve_app import metrics
 from serve_app.scaling.changes import changes, expected
 from serve_app.scaling.config import ScalingSettings
+from serve_app.scaling.decider import Decider
 from serve_app.scaling.load import Signals, stage_signals
-from serve_app.scaling.policy import Decision, State, decide
+from serve_app.scaling.policy import Decision
 from serve_app.scaling.readings import API, STAGES, CallerReading, Reading, ReplicaReading, Stage, decode
-from serve_app.scaling.replay import Begin, DecisionLog, Entry
 
 logger = logging.getLogger("ray.serve")  # the controller writes this one to its log file
 
@@ -40,12 +40,10 @@ class ServePolicy:
     """
 
     def __init__(self, scaling: Mapping[str, Any], gpus: Mapping[Stage, float]):
-        self._config = ScalingSettings.model_validate(scaling)
+        self._decider = Decider(ScalingSettings.model_validate(scaling))
         self._gpus = dict(gpus)
-        self._state = State()
         self._targets: dict[Stage, int] = {}
         self._asked_at = -PERIOD_S
-        self._log: DecisionLog | None = None
         self._told: set[str] = set()
         for stage, direction, reason in expected():
             metrics.SCALING_DECISIONS.start(stage=stage, direction=direction, reason=reason)
@@ -68,13 +66,9 @@ class ServePolicy:
 
     def _ask(self, contexts: Mapping[str, AutoscalingContext], now: float) -> None:
         signals = signals_of(contexts, self._gpus)
-        self._state, decision = decide(self._config, self._state, signals, now)
+        decision = self._decider.decide(signals, now)
         self._targets = dict(decision.targets)
         _report(signals, decision)
-        if self._config.decision_log is not None:
-            if self._log is None:
-                self._log = DecisionLog(self._config.decision_log, Begin(self._config))
-            self._log.write(Entry(now, signals, decision))
 
 
 def signals_of(contexts: Mapping[str, AutoscalingContext], gpus: Mapping[Stage, float]) -> Signals:
