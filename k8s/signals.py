@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from k8s.config import ControllerSettings
 from k8s.prometheus import Sample
@@ -48,6 +48,7 @@ REPLICA_GAUGES: Mapping[str, str] = {
 CALLER_GAUGES: Mapping[str, str] = {
     "ray_whisper_caller_reading_time_seconds": "at",
     "ray_whisper_requests_active": "active",
+    "ray_whisper_caller_arrived_audio_seconds": "arrived_s",
 }
 CALLER_STAGE_GAUGES: Mapping[str, str] = {
     "ray_whisper_credit_queue_windows": "windows",
@@ -154,11 +155,10 @@ def _grouped(samples: Iterable[Sample]) -> tuple[dict[Stage, dict[str, _Found]],
     return by_stage, by_caller
 
 
-MAY_BE_MISSING: Mapping[type[Any], Mapping[str, float]] = {
-    ReplicaReading: dict.fromkeys((*GPU_PARTS, "gpu_share", "sm_utilization", "dram_utilization", "rate"), math.nan),
-    CallerReading: {},
-}
-"""A gauge that is not known is not set. GPUs are labels here, and not in parts."""
+def _missing(kind: type[Reading]) -> dict[str, float]:
+    """Parts that may be unknown, for a gauge that is not known is not set. GPUs are labels here, and not in parts."""
+    hints = get_type_hints(kind)
+    return dict.fromkeys([*GPU_PARTS, *(name for name, hint in hints.items() if hint == float | None)], math.nan)
 
 
 def _readings(kind: type[Reading], found: Mapping[str, _Found], running: Iterable[str]) -> dict[str, Reading]:
@@ -167,7 +167,7 @@ def _readings(kind: type[Reading], found: Mapping[str, _Found], running: Iterabl
         if replica in found:
             numbers = {part: v if math.isfinite(v) else math.nan for part, v in found[replica].values.items()}
             try:
-                readings[replica] = decode(kind, {**MAY_BE_MISSING[kind], **numbers})
+                readings[replica] = decode(kind, {**_missing(kind), **numbers})
             except ValueError:
                 continue
     return readings

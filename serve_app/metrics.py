@@ -250,6 +250,12 @@ CREDIT_QUEUE_AUDIO = Gauge("whisper_credit_queue_audio_seconds", "s", _REPLICA, 
 CREDIT_OLDEST_WAIT = Gauge(
     "whisper_credit_oldest_wait_seconds", "s", _REPLICA, "How long the first of these has waited."
 )
+CALLER_ARRIVED = Gauge(
+    "whisper_caller_arrived_audio_seconds",
+    "s",
+    ("replica",),
+    "Seconds of audio that came to the first stage in a second.",
+)
 CALLER_TIME = Gauge(
     "whisper_caller_reading_time_seconds", "Unix time", ("replica",), "When an API replica's gauges were set."
 )

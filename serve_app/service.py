@@ -30,7 +30,7 @@ from serve_app.engine.tokens import Tokens
 from serve_app.engine.transcript import Segment, Transcript, assemble, window_segments
 from serve_app.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServiceError, TranscriptionFailed
 from serve_app.scaling.readings import CallerReading
-from serve_app.scaling.signals import PERIOD_S
+from serve_app.scaling.signals import PERIOD_S, Arrivals
 from serve_app.settings import Settings, known
 from serve_app.stages.decoder import ModelInfo
 from serve_app.stages.observed import replica_name
@@ -59,6 +59,7 @@ class Transcriber:
         self.tokens = Tokens(model.dims)
         self._audio = AudioDecoder(settings.audio)
         self._detector = SpeechDetector()
+        self._arrivals = Arrivals()
         self._active = 0
         self._mean_seconds = 1.0  # of a request, recently
         self.model_name = settings.model.served_name or model.name
@@ -85,7 +86,7 @@ class Transcriber:
         for name, queue in queues.items():
             values[f"{name}_windows"], values[f"{name}_s"] = queue.windows, queue.seconds
             values[f"{name}_oldest_wait_s"] = queue.oldest_wait_s
-        return CallerReading(at=time.time(), active=self._active, **values)
+        return CallerReading(at=time.time(), active=self._active, arrived_s=self._arrivals.last_second(), **values)
 
     async def _observe(self) -> None:
         """Sets this replica's gauges once a second, for ever."""
@@ -98,6 +99,7 @@ class Transcriber:
                 metrics.CREDIT_QUEUE.set(queue.windows, stage=name, replica=replica)
                 metrics.CREDIT_QUEUE_AUDIO.set(queue.seconds, stage=name, replica=replica)
                 metrics.CREDIT_OLDEST_WAIT.set(queue.oldest_wait_s, stage=name, replica=replica)
+            metrics.CALLER_ARRIVED.set(self._arrivals.last_second(), replica=replica)
             metrics.CALLER_TIME.set(time.time(), replica=replica)
             await asyncio.sleep(PERIOD_S)
 
@@ -233,6 +235,7 @@ class _Recording:
         first = window.index == 0
         samples = export_samples(window.samples)
         t = self._t
+        t._arrivals.add(len(window.samples) / SAMPLE_RATE)
         work = self._work(window, samples, cost=len(window.samples), consumers=t._encoder.gpus)
         features = await t._features.call(work)
         del samples, work

@@ -47,7 +47,9 @@ class ScalingSettings(BaseModel):
     )
     objective_wait_s: float = Field(2.0, gt=0, description="p99 of the wait that is aimed at")
     cold_start_s: float = Field(60.0, gt=0, description="from ordering a replica to its first batch, roughly")
-    up_hold_s: float = Field(1.0, ge=0, description="how long more replicas must be wanted before they are ordered")
+    up_hold_s: float = Field(
+        1.0, ge=0, description="how long more replicas must be wanted before they are ordered; in a burst at once"
+    )
     down_hold_s: float | None = Field(
         None,
         gt=0,

@@ -31,6 +31,8 @@ NOISE_S = 300.0
 """Time constant of the estimate of the noise."""
 FIRST_NOISE = 0.3
 """Standard deviation over average, before the noise is known."""
+FIRST_SEEN = 5
+"""Readings that this first guess counts for: the first few that happen to be alike do not mean that there is none."""
 BLOCKS = 40
 
 HEADROOMS: Sequence[float] = (
@@ -62,13 +64,14 @@ class Demand:
     def step(self, arrived: float, dt: float) -> tuple[Demand, float]:
         """With another reading, ``dt`` seconds after the one before: and by what ratio demand has jumped, else 1."""
         if self.last is None:
-            return Demand(
-                level=arrived, fast=arrived, variance=(FIRST_NOISE * arrived) ** 2, last=arrived, count=1
-            ), 1.0
+            return _first(arrived, arrived, count=1), 1.0
         fast = (self.last + arrived) / 2
+        if self.level <= 0 < fast:
+            # Idling has told nothing about the noise.
+            return _first(fast, arrived, count=2), math.inf
         low, high = self._noise()
         if not low <= fast <= high:
-            jump = fast / self.level if self.level > 0 else math.inf
+            jump = fast / self.level
             # The average begins anew, with these two.
             return replace(self, level=fast, fast=fast, last=arrived, count=2, seen=self.seen + 1), jump
         # Bursts must not pass for noise: what stands out of it counts for no more than the noise's edge.
@@ -100,6 +103,12 @@ class Demand:
         """Standard deviation of the average by noise, of the average."""
         readings = min(max(self.count, 1), 2 * SLOW_S)
         return math.sqrt(self.variance / readings) / self.level if self.level > 0 else 0.0
+
+
+def _first(level: float, arrived: float, *, count: int) -> Demand:
+    """A demand of which nothing but its level is known."""
+    variance = (FIRST_NOISE * level) ** 2
+    return Demand(level=level, fast=level, variance=variance, last=arrived, count=count, seen=FIRST_SEEN)
 
 
 @dataclass(frozen=True, slots=True)

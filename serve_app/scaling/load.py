@@ -56,9 +56,11 @@ class StageLoad:
     fresh: ready replicas with a reading that is not stale. at: Unix time of the newest such reading, None without any.
     throughput: seconds of audio done in a second, by all replicas.
     utilization: 0 to 1, of the saturation point: SM utilization, for the decoder the larger of it, DRAM and fill.
-    rate: seconds of audio that one replica would do in a second at its saturation point; None where unknown.
+    rate: seconds of audio that one replica would do in a second at its saturation point, by what is done at the present
+        utilization; None where unknown. own_rate: the same by what replicas measured of their batches.
     queued_s: seconds of audio that wait. inlet_s: those of them that wait for the first stage.
     at_bound: share of the replicas whose batches cannot grow.
+    arrived: seconds of audio that came to the application in a second, by its callers; None where they have not told.
     """
 
     target: int
@@ -75,6 +77,8 @@ class StageLoad:
     oldest_wait_s: float
     at_bound: float
     on_gpu: bool = True
+    own_rate: float | None = None
+    arrived: float | None = None
 
 
 def loads(signals: Signals, now: float, stale_after_s: float) -> tuple[dict[Stage, StageLoad], dict[Stage, float]]:
@@ -88,6 +92,8 @@ def loads(signals: Signals, now: float, stale_after_s: float) -> tuple[dict[Stag
         for stage, signal in signals.stages.items()
     }
     callers = [reading for reading in signals.callers.values() if is_fresh(reading)]
+    told = [reading.arrived_s for reading in callers if reading.arrived_s is not None]
+    arrived = sum(told) if told and len(told) == len(signals.callers) else None
     totals: dict[str, float] = defaultdict(float)
     for stage, readings in fresh.items():
         for name, reading in readings.items():
@@ -105,7 +111,7 @@ def loads(signals: Signals, now: float, stale_after_s: float) -> tuple[dict[Stag
     for stage, signal in signals.stages.items():
         parts = [(reading, part(stage, name, reading)) for name, reading in fresh[stage].items()]
         held = [_held(stage, reading) for reading in callers]
-        found[stage] = _stage_load(stage, signal, parts, held)
+        found[stage] = _stage_load(stage, signal, parts, held, arrived)
         utilization[stage] = _mean([device_utilization(*each) for each in parts])
     return found, utilization
 
@@ -122,11 +128,12 @@ def device_utilization(reading: ReplicaReading, part: float) -> float:
 
 
 def utilization(stage: Stage, reading: ReplicaReading, part: float) -> float:
-    """As ``device_utilization``; the decoder is bound by memory as often as by arithmetic, and by its slots."""
+    """As ``device_utilization``; the decoder is bound by memory as often as by arithmetic, and by its slots, of which
+    ``fill`` were used while it ran."""
     own = device_utilization(reading, part)
     if stage != "decoder":
         return own
-    return min(1.0, max(own, (reading.dram_utilization or 0.0) * part, reading.fill))
+    return min(1.0, max(own, (reading.dram_utilization or 0.0) * part, reading.fill * reading.busy))
 
 
 def _held(stage: Stage, reading: CallerReading) -> tuple[float, float]:
@@ -139,6 +146,7 @@ def _stage_load(
     signals: StageSignals,
     fresh: Sequence[tuple[ReplicaReading, float]],
     held: Sequence[tuple[float, float]],
+    arrived: float | None,
 ) -> StageLoad:
     """Where only some replicas have a fresh reading, the others are taken to be like them."""
     count = max(signals.ready, len(fresh))
@@ -161,6 +169,8 @@ def _stage_load(
         oldest_wait_s=max(waits, default=0.0),
         at_bound=_mean([float(reading.budget_at_bound) for reading, _ in fresh]),
         on_gpu=any(reading.sm_utilization is not None for reading, _ in fresh),
+        own_rate=_mean(own) if (own := [reading.rate for reading, _ in fresh if reading.rate]) else None,
+        arrived=arrived,
     )
 
 
@@ -185,6 +195,8 @@ def pods(stages: Mapping[Stage, StageLoad], device: Mapping[Stage, float]) -> St
     used = min(1.0, sum(device.values())) if on_gpu else 0.0
     used = max(used, *(load.utilization for load in order))
     known = cost > 0 and all(costs) and used >= LEAST_UTILIZATION
+    own = [1 / load.own_rate for load in order if load.own_rate is not None]
+    own_cost = sum(own) if on_gpu else max(own, default=0.0)
     # A window that waits for the decoder has only the decoder's work left.
     left = [sum(costs[i:]) / sum(costs) if known and on_gpu else 1.0 for i in range(len(order))]
     return StageLoad(
@@ -202,6 +214,8 @@ def pods(stages: Mapping[Stage, StageLoad], device: Mapping[Stage, float]) -> St
         oldest_wait_s=max(load.oldest_wait_s for load in order),
         at_bound=max(load.at_bound for load in order),
         on_gpu=on_gpu,
+        own_rate=1 / own_cost if len(own) == len(order) else None,
+        arrived=first.arrived,
     )
 
 

@@ -5,7 +5,8 @@ time passes only through ``now`` and the readings' own times, so recorded signal
 decisions. docs/scaling.md tells the rules in words; this is their order for each unit (a stage, or the pods):
 
 1. Without fresh readings of most replicas nothing changes.
-2. The demand is what arrived: what the first stage did, and by how much its queue grew. Known before a GPU notices.
+2. The demand is what arrived, by the callers; where they have not told, what the first stage did and by how much its
+   queue grew. Known before a GPU notices.
 3. Capacity is throughput over utilization, at the stage's own saturation point.
 4. More replicas: demand times headroom over capacity; or the queue, where it will not be gone before a new replica
    could come. Batches grow first: replicas only come where budgets are at their bound or latency is at risk.
@@ -227,12 +228,14 @@ def _observe(
     if not enough or load.at is None or (state.at is not None and load.at - state.at < READING_S):
         return state, state.demand.last or 0.0
     rate = _rate(state.rate, load)
-    if state.at is None or load.at - state.at > LONG_GAP_S:
-        # The queue may have grown for long, so only what is done tells.
-        dt, arrived = 1.0, max(known, load.throughput)
+    gap = state.at is None or load.at - state.at > LONG_GAP_S
+    dt = 1.0 if state.at is None or gap else load.at - state.at
+    if load.arrived is not None:
+        came = load.arrived
     else:
-        dt = load.at - state.at
-        arrived = max(known, load.throughput + (load.inlet_s - state.inlet_s) / dt, 0.0)
+        # after a gap the queue may have grown for long, so only what is done tells
+        came = load.throughput + (0.0 if gap else (load.inlet_s - state.inlet_s) / dt)
+    arrived = max(known, came, 0.0)
     demand, jump = state.demand.step(arrived, dt)
     panic_until = now + config.panic_window_s if jump >= BURST else state.panic_until
     rehearsal = state.rehearsal.step(
@@ -269,9 +272,10 @@ def _plan(demand: Demand, panic_until: float | None, now: float) -> float:
 
 
 def _rate(before: float | None, load: StageLoad) -> float | None:
-    if load.rate is None or before is None:
-        return load.rate if before is None else before
-    if load.utilization < RATE_UTILIZATION:
+    if before is None:
+        # What is done is smoothed and so too little at first; batches measure too little while they are small.
+        return max((rate for rate in (load.rate, load.own_rate) if rate is not None), default=None)
+    if load.rate is None or load.utilization < RATE_UTILIZATION:
         return before
     return before + (1 - math.exp(-1 / RATE_S)) * (load.rate - before)
 
@@ -370,7 +374,8 @@ def _compare(
     if more > have:
         since = now if state.more_since is None else state.more_since
         state = replace(state, more_since=since)
-        if now - since >= config.up_hold_s:
+        # A burst stands out of the noise by itself.
+        if reason == "burst" or now - since >= config.up_hold_s:
             return state, say(more, reason, words)
         return state, say(have, "hold", f"{words}, but for {now - since:.1f} s only")
     if state.more_since is not None:

@@ -64,6 +64,8 @@ class CallerReading:
     """One API replica at the time of the reading.
 
     at: Unix time. active: recordings that it works on.
+    arrived_s: seconds of audio in the windows that it took to the first stage in the last second; None where that is
+        not known.
     For each stage: windows that wait here until a replica takes them, the seconds of audio in them, and how long the
     first has waited (0 where none waits).
     """
@@ -79,6 +81,7 @@ class CallerReading:
     decoder_windows: int
     decoder_s: float
     decoder_oldest_wait_s: float
+    arrived_s: float | None = None
 
 
 Reading = TypeVar("Reading", ReplicaReading, CallerReading)

@@ -78,6 +78,26 @@ class GpuClock:
         return seconds
 
 
+class Arrivals:
+    """Seconds of audio that came in the last second. Belongs to one thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._now = clock
+        self._came: deque[tuple[float, float]] = deque()
+
+    def add(self, seconds: float) -> None:
+        self._came.append((self._now(), seconds))
+        self._forget()
+
+    def last_second(self) -> float:
+        self._forget()
+        return sum(seconds for _, seconds in self._came)
+
+    def _forget(self) -> None:
+        while self._came and self._came[0][0] <= self._now() - 1.0:
+            self._came.popleft()
+
+
 @dataclass(frozen=True, slots=True)
 class Period:
     """What a stage did in the time since the last one was taken.

@@ -124,10 +124,36 @@ def test_batches_grow_first() -> None:
 
 def test_the_decoder_is_judged_by_the_fullest_of_its_resources() -> None:
     state = settled(4, 0.5, config())
-    for changes in ({"dram_utilization": 0.97}, {"fill": 0.97}):
+    for changes in ({"dram_utilization": 0.97}, {"fill": 0.97, "busy": 1.0}):
         _, decisions = follow(state, config(), lambda at, c=changes: signals(4, reading(at, bound=True, **c)), 5)  # type: ignore[misc]
         assert decisions[-1].units["decoder"].utilization == pytest.approx(0.97)
         assert decisions[-1].units["encoder"].utilization == pytest.approx(0.5)
+
+
+def test_slots_count_for_the_time_in_which_the_decoder_ran() -> None:
+    seen = signals(4, reading(NOW, used=0.1, fill=0.5))
+    _, decision = decide(config(), State(), seen, NOW)
+    assert decision.units["decoder"].utilization == pytest.approx(0.1)
+
+
+def test_what_arrives_at_the_callers_is_answered_before_anything_was_done() -> None:
+    state = settled(4, 0.7, config(up_hold_s=0.0))
+
+    def caller(at: float, arrived: float) -> CallerReading:
+        return CallerReading(at, 1, 0, 0.0, 0.0, 0, 0.0, 0.0, 0, 0.0, 0.0, arrived)
+
+    def seen(at: float, *callers: CallerReading) -> Signals:
+        said = {str(i): each for i, each in enumerate(callers)}
+        return replace(signals(4, reading(at, used=0.7, bound=True)), callers=said)
+
+    _, quiet = follow(state, config(up_hold_s=0.0), lambda at: seen(at, caller(at, 140.0), caller(at, 140.0)), 10)
+    assert quiet[-1].targets == dict.fromkeys(STAGES, 4)
+    _, busy = follow(state, config(up_hold_s=0.0), lambda at: seen(at, caller(at, 140.0), caller(at, 660.0)), 3)
+    assert busy[-1].targets == dict.fromkeys(STAGES, math.ceil(800 / 0.75 / RATE))
+    # where one has not told, what is done counts
+    late = caller(NOW - 60, 700.0)
+    _, partly = follow(state, config(up_hold_s=0.0), lambda at: seen(at, caller(at, 700.0), late), 10)
+    assert partly[-1].targets == dict.fromkeys(STAGES, 4)
 
 
 def test_fewer_come_late_and_in_steps_that_suffice() -> None:

@@ -31,7 +31,8 @@ REPLICAS = st.builds(
     done_s=NUMBERS,
     gpu=st.none() | st.uuids().map(str),
 )
-CALLERS = st.builds(CallerReading, **{f.name: COUNTS if f.type == "int" else NUMBERS for f in fields(CallerReading)})
+OF_TYPE = {"int": COUNTS, "float": NUMBERS, "float | None": st.none() | NUMBERS}
+CALLERS = st.builds(CallerReading, **{f.name: OF_TYPE[str(f.type)] for f in fields(CallerReading)})
 
 
 SERVES_OWN = {"ray_io_serve_running_requests": 3.0}

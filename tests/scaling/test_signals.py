@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.scaling.nvml import GpuReader, GpuSample, processes_utilization
-from serve_app.scaling.signals import Observer, Rate, StageMeter, alone_on
+from serve_app.scaling.signals import Arrivals, Observer, Rate, StageMeter, alone_on
 
 UUID = "00000000-1111-2222-3333-444444444444"
 
@@ -33,6 +33,17 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+def test_arrivals_are_those_of_the_last_second(clock: Clock) -> None:
+    arrivals = Arrivals(clock)
+    assert arrivals.last_second() == 0.0
+    for _ in range(4):
+        arrivals.add(30.0)
+        clock.now += 0.3
+    assert arrivals.last_second() == 90.0
+    clock.now += 1.0
+    assert arrivals.last_second() == 0.0
 
 
 def run(meter: StageMeter, clock: Clock, seconds: float, windows: int = 1, fill: float = 1.0) -> None:
