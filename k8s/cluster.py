@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayservices"
 CONTROLLER = "whisper-serve/autoscaler"
 """Who says so, in Events."""
-NOTE_CHARACTERS = 1000
-"""An Event's note has 1 kB at most."""
+NOTE_BYTES = 1024
+"""An Event's note has no more."""
 TIMEOUT_S = 1.5
 
 T = TypeVar("T")
@@ -133,12 +133,12 @@ class Cluster:
     def _event(self, reason: str, note: str, *, warning: bool) -> client.EventsV1Event:
         return client.EventsV1Event(
             metadata=client.V1ObjectMeta(name=f"{self._name}.{uuid.uuid4().hex[:16]}", namespace=self._namespace),
-            event_time=datetime.now(UTC),
+            event_time=micro_time(),
             reporting_controller=CONTROLLER,
             reporting_instance=self._identity[:128],
             action="Scale",
             reason=reason,
-            note=note[:NOTE_CHARACTERS],
+            note=note.encode()[:NOTE_BYTES].decode(errors="ignore"),
             type="Warning" if warning else "Normal",
             regarding=client.V1ObjectReference(
                 api_version=f"{GROUP}/{VERSION}",
@@ -148,6 +148,12 @@ class Cluster:
                 uid=self._uid,
             ),
         )
+
+
+def micro_time() -> datetime:
+    """Now. The API server takes times with six digits behind the point only; Python writes none where all are zero."""
+    now = datetime.now(UTC)
+    return now.replace(microsecond=now.microsecond or 1)
 
 
 def _body(error: ApiException) -> dict[str, Any]:

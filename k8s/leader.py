@@ -14,13 +14,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Literal
 
 from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
-from k8s.cluster import ApiUnreachable, called
+from k8s.cluster import ApiUnreachable, called, micro_time
 from k8s.exits import Ending, Exit
 
 logger = logging.getLogger(__name__)
@@ -107,7 +106,7 @@ class Elector:
             if lease is None:
                 self._create()
             elif _spec(lease).holder_identity == self._identity:
-                _spec(lease).renew_time = _now()
+                _spec(lease).renew_time = micro_time()
                 self._write(lease)
             elif not self._has_expired(lease, asked_at):
                 self._reached_at = asked_at
@@ -163,7 +162,7 @@ class Elector:
         return now - self._seen_at > (spec.lease_duration_seconds or LEASE_S)
 
     def _held(self, transitions: int) -> client.V1LeaseSpec:
-        now = _now()
+        now = micro_time()
         return client.V1LeaseSpec(
             holder_identity=self._identity,
             lease_duration_seconds=LEASE_S,
@@ -217,7 +216,3 @@ def _annotations(lease: client.V1Lease) -> dict[str, str]:
     if lease.metadata.annotations is None:
         lease.metadata.annotations = {}
     return lease.metadata.annotations
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

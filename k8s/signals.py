@@ -157,7 +157,7 @@ def _grouped(samples: Iterable[Sample]) -> tuple[dict[Stage, dict[str, _Found]],
 
 def _missing(kind: type[Reading]) -> dict[str, float]:
     """Parts that may be unknown, for a gauge that is not known is not set. GPUs are labels here, and not in parts."""
-    hints = get_type_hints(kind)
+    hints: dict[str, Any] = get_type_hints(kind)
     return dict.fromkeys([*GPU_PARTS, *(name for name, hint in hints.items() if hint == float | None)], math.nan)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.k8s.answering import Answering, answering
 from tests.k8s.apiserver import ApiServer
 from tests.k8s.controller import RULES, Operator
 
@@ -20,3 +21,9 @@ def server() -> Iterator[ApiServer]:
 @pytest.fixture
 def operator(server: ApiServer) -> Operator:
     return Operator(server)
+
+
+@pytest.fixture
+def answer() -> Iterator[Answering]:
+    with answering() as answer:
+        yield answer

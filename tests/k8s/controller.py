@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -38,8 +39,6 @@ class Operator:
         self._server = server
 
     def __call__(self, verb: str, version: str, plural: str, name: str | None = None, body: Any = None) -> Any:
-        import json
-
         part = None
         if name is not None and "/" in name:
             name, part = name.split("/")
@@ -58,6 +57,18 @@ class Operator:
     def lease(self) -> Object:
         found: Object = self("get", LEASES, "leases", LEASE)
         return found
+
+    def forget_lease(self) -> None:
+        if self("list", LEASES, "leases")["items"]:
+            self("delete", LEASES, "leases", LEASE)
+
+    def touch_lease(self) -> None:
+        """Writes it, and changes nothing of the election."""
+        if self("list", LEASES, "leases")["items"]:
+            self("patch", LEASES, "leases", LEASE, body={"metadata": {"labels": {"touched": "yes"}}})
+
+    def take_lease(self, holder: str) -> None:
+        self("patch", LEASES, "leases", LEASE, body={"spec": {"holderIdentity": holder}})
 
     def events(self, reason: str | None = None) -> list[Object]:
         """Oldest first."""
@@ -109,6 +120,10 @@ class Process:
         samples = [s for family in families for s in family.samples if s.name == name and s.labels == labels]
         assert len(samples) <= 1
         return samples[0].value if samples else None
+
+    def rounds(self, outcome: str) -> float:
+        """That ended so."""
+        return self.metric("whisper_controller_ticks_total", outcome=outcome) or 0
 
     def leads(self) -> bool:
         return self.metric("whisper_controller_leader") == 1
