@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
@@ -80,7 +80,17 @@ class VadSettings(Section):
     max_pause_s: float = Field(2.0, gt=0, description="a longer pause ends a window, and is itself not decoded")
 
 
-class StageSettings(Section):
+class PlacedSettings(Section):
+    """On which of a cluster's nodes a deployment's replicas run."""
+
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="custom resources of Ray that a replica reserves: it runs only on nodes that were started with them",
+    )
+    max_replicas_per_node: int | None = Field(None, ge=1, le=100, description="by default as many as fit")
+
+
+class StageSettings(PlacedSettings):
     """A stage's replicas and what each takes at a time."""
 
     replicas: int = Field(1, ge=1, description="with scaling.enabled as many at the start, within its limits")
@@ -145,12 +155,22 @@ class RequestSettings(Section):
     )
 
 
-class HttpSettings(Section):
+class HttpSettings(PlacedSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     replicas: int = Field(1, ge=1, description="API replicas")
     api_keys: list[str] = Field(default_factory=list, description="bearer keys; empty and no file: no authentication")
     api_keys_file: Path | None = Field(None, description="one key a line")
+
+
+class MetricsSettings(Section):
+    port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="metrics port of the Ray node that whisper-serve starts; by default any free one. Where Ray runs "
+        "already, its own `ray start --metrics-export-port` says which",
+    )
 
 
 class Settings(BaseSettings):
@@ -173,6 +193,7 @@ class Settings(BaseSettings):
     scaling: ScalingSettings = ScalingSettings()
     request: RequestSettings = RequestSettings()
     http: HttpSettings = HttpSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
