@@ -22,14 +22,27 @@ def running(settings: Settings) -> Iterator[str]:
     """Runs the application until the context ends; gives its URL when it is ready.
 
     In the cluster that this process has joined, or in the one named by ``RAY_ADDRESS``, it deploys the application and
-    deletes it at the end; else it starts a cluster of its own, which ends with it.
+    deletes it at the end; else it starts a cluster of its own, which ends with it. Raises RuntimeError where the settings
+    ask for what a cluster that runs already has otherwise.
     """
     address = os.environ.get("RAY_ADDRESS")
+    metrics_port = settings.metrics.port
+    if metrics_port is not None and (address or ray.is_initialized()):
+        raise RuntimeError(
+            f"metrics.port is {metrics_port}, but Ray runs already: its nodes have the ports that `ray start "
+            f"--metrics-export-port` gave them"
+        )
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
             os.environ.update(WORKER_ENV)  # the workers that Ray starts ahead inherit it
             dashboard = None if address else False
-            ray.init(address=address, include_dashboard=dashboard, logging_level=logging.WARNING, log_to_driver=False)
+            ray.init(
+                address=address,
+                include_dashboard=dashboard,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                _metrics_export_port=metrics_port,
+            )
             stack.callback(ray.shutdown)
             if not address:
                 stack.callback(serve.shutdown)
