@@ -102,11 +102,6 @@ class Metrics:
         self.wanted.labels(change.stage).set(change.target)
         self.current.labels(change.stage).set(change.ready)
 
-    def forget_stages(self) -> None:
-        """What only the leader knows is not shown by one that waits."""
-        for gauge in (self.wanted, self.current, self.signal_age):
-            gauge.clear()
-
     def ages(self, ages: Mapping[Stage, float]) -> None:
         for stage, seconds in ages.items():
             self.signal_age.labels(stage).set(seconds)
