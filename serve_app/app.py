@@ -20,7 +20,7 @@ from serve_app.engine.transcript import Transcript
 from serve_app.scaling.policy import PODS
 from serve_app.scaling.readings import API, STAGES, Stage, encode
 from serve_app.service import Transcriber
-from serve_app.settings import Settings, StageSettings
+from serve_app.settings import PlacedSettings, Settings, StageSettings
 from serve_app.stages.decoder import DecoderStage
 from serve_app.stages.encoder import EncoderStage
 from serve_app.stages.features import FeaturesStage
@@ -94,7 +94,7 @@ def build(settings: Settings) -> serve.Application:
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         health_check_period_s=HEALTH_CHECK_S,
         graceful_shutdown_timeout_s=DRAIN_S,
-        max_replicas_per_node=settings.http.max_replicas_per_node,
+        **_spread(settings.http),
         ray_actor_options={"num_cpus": 0, "resources": settings.http.resources},
     )(Api)
     application: serve.Application = api.bind(settings, features, encoder, decoder)
@@ -124,7 +124,7 @@ def _stage(replica: type[StageReplica], name: Stage, settings: Settings, stage: 
         ),
         health_check_period_s=HEALTH_CHECK_S,
         graceful_shutdown_timeout_s=DRAIN_S,
-        max_replicas_per_node=stage.max_replicas_per_node,
+        **_spread(stage),
         ray_actor_options={
             "num_cpus": stage.num_cpus,
             "num_gpus": stage.num_gpus,
@@ -147,6 +147,11 @@ def _stage_replicas(settings: Settings, name: Stage, stage: StageSettings) -> di
         start = stage.replicas
     start = min(max(start, limits.min_replicas), limits.max_replicas)
     return {"autoscaling_config": _scaled(limits.min_replicas, start, limits.max_replicas)}
+
+
+def _spread(deployment: PlacedSettings) -> dict[str, Any]:
+    most = deployment.max_replicas_per_node
+    return {} if most is None else {"max_replicas_per_node": most}
 
 
 def _api_replicas(settings: Settings) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class PlacedSettings(Section):
 
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
-        description="custom resources of Ray that a replica reserves: it runs only on nodes that were started with them",
+        description="custom resources of Ray that a replica reserves: it runs only on nodes that have them",
     )
     max_replicas_per_node: int | None = Field(None, ge=1, le=100, description="by default as many as fit")
 
