@@ -171,7 +171,7 @@ def test_the_whole_comparison_runs_on_a_real_engine(machine: EngineMachine) -> N
     costs = measure(machine, (1, 2), (1, 4, 8), repeats=2, warm_up=2)
     assert all(seconds > 0 for curve in (costs.encoder, costs.step) for seconds in curve.values())
     said: list[str] = []
-    result = compare(machine, costs, (30.0,), encoder_start=2, seconds=1, runs=2, say=said.append)
+    result = compare(machine, costs, (120.0,), encoder_start=2, seconds=1, runs=2, say=said.append)
     assert [one["strategy"].split(",")[0] for one in result["real"]] == ["fixed", "adaptive"]
     assert all(one["runs"] for one in result["real"])
     assert len(result["simulated"][0]["fixed"]) == 20  # sizes up to the slots, and waits

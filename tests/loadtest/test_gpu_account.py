@@ -122,7 +122,7 @@ def test_a_precision_without_a_figure_says_why() -> None:
 
 
 def test_a_cpu_has_what_needs_no_gpu() -> None:
-    setting = Setting(SMALL, "cpu", windows=2, seconds=120)
+    setting = Setting(SMALL, "cpu", windows=2, seconds=250)
     found, missing = measure(setting, account.PARTS, lambda _: None)
     assert missing.keys() == {"sectors", "python", "mapped", "buffering"}
     speed, *steps = found
