@@ -35,16 +35,17 @@ def application(args: dict[str, Any]) -> serve.Application:
         )(Stage).bind()
         for stage in STAGES
     ]
-    front: serve.Application = serve.deployment(name=API, ray_actor_options={"num_cpus": 1})(Front).bind(*stages)
+    front: serve.Application = serve.deployment(name=API, ray_actor_options={"num_cpus": 0})(Front).bind(*stages)
     return front
 
 
-def declaration(replicas: int = 1, version: int = 0) -> dict[str, Any]:
-    """For Serve. version: another one is another configuration, deployed anew."""
+def declaration(replicas: int = 1, version: int = 0, *, external: bool = True) -> dict[str, Any]:
+    """For Serve. version: another one is another configuration, deployed anew. external: are its numbers for others to
+    say?"""
     return {
         "name": "pods",
         "route_prefix": "/pods",
         "import_path": f"{__name__}:application",
         "args": {"replicas": replicas, "version": version},
-        "external_scaler_enabled": True,
+        "external_scaler_enabled": external,
     }

@@ -28,6 +28,10 @@ WORKERS = 3
 GPU_NODE = "gpu_node"
 """Resource that only the workers have."""
 
+TOKEN = "a-token-of-the-tests-for-this-cluster-alone"
+"""KubeRay turns Ray's authentication on."""
+HEADERS = {"Authorization": f"Bearer {TOKEN}"}
+
 Stages = dict[str, int]
 
 
@@ -46,12 +50,13 @@ class RayCluster:
             "http_options": {"host": "127.0.0.1", "port": self.http},
             "applications": list(applications),
         }
-        response = httpx.put(f"http://{self.dashboard}/api/serve/applications/", json=declaration, timeout=60)
+        url = f"http://{self.dashboard}/api/serve/applications/"
+        response = httpx.put(url, json=declaration, headers=HEADERS, timeout=60)
         assert response.status_code == 200, response.text
 
     def application(self, name: str) -> dict[str, Any]:
         """Serve's details of it; empty while there are none."""
-        response = httpx.get(f"http://{self.dashboard}/api/serve/applications/", timeout=20)
+        response = httpx.get(f"http://{self.dashboard}/api/serve/applications/", headers=HEADERS, timeout=20)
         found: dict[str, Any] = response.json()["applications"].get(name, {}) if response.status_code == 200 else {}
         return found
 
@@ -66,7 +71,8 @@ class RayCluster:
 
     def scale(self, name: str, stage: str, replicas: int) -> None:
         path = f"/api/v1/applications/{name}/deployments/{stage}/scale"
-        response = httpx.post(f"http://{self.dashboard}{path}", json={"target_num_replicas": replicas}, timeout=20)
+        url = f"http://{self.dashboard}{path}"
+        response = httpx.post(url, json={"target_num_replicas": replicas}, headers=HEADERS, timeout=20)
         assert response.status_code == 200, response.text
 
     def is_running(self, name: str) -> bool:
@@ -89,6 +95,8 @@ def raycluster(**environment: str) -> Iterator[RayCluster]:
             "PYTHONPATH": str(ROOT),
             "RAY_TMPDIR": folder,
             "RAY_metrics_report_interval_ms": "1000",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
             **environment,
         },
     )
@@ -109,7 +117,7 @@ def main() -> None:
 
     ports = [free_port() for _ in range(WORKERS + 2)]
     head = {
-        "num_cpus": 8,
+        "num_cpus": 1,  # Ray starts as many processes ahead; replicas reserve none
         "include_dashboard": True,
         "dashboard_host": "127.0.0.1",
         "dashboard_port": ports[0],
@@ -119,10 +127,11 @@ def main() -> None:
     os.dup2(2, 1)  # Ray prints
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for port in ports[2:]:
-        cluster.add_node(num_cpus=1, num_gpus=1, resources={GPU_NODE: 3}, metrics_export_port=port)
+        cluster.add_node(num_cpus=0, num_gpus=1, resources={GPU_NODE: 3}, metrics_export_port=port)
     dashboard = f"127.0.0.1:{ports[0]}"
     deadline = time.monotonic() + 60
-    while not _answers(lambda: httpx.get(f"http://{dashboard}/api/serve/applications/", timeout=5)):
+    url = f"http://{dashboard}/api/serve/applications/"
+    while not _answers(lambda: httpx.get(url, headers=HEADERS, timeout=5)):
         assert time.monotonic() < deadline, "the dashboard does not answer"
         time.sleep(0.1)
     said = {"dashboard": dashboard, "metrics": [f"127.0.0.1:{port}" for port in ports[1:]]}

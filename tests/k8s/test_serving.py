@@ -21,7 +21,7 @@ from tests.engine.checkpoints import random_tensors, write_openai
 from tests.k8s import pods
 from tests.k8s.apiserver import ApiServer
 from tests.k8s.controller import Operator, Process, wait_until, written
-from tests.k8s.raycluster import WORKERS, RayCluster, raycluster
+from tests.k8s.raycluster import TOKEN, WORKERS, RayCluster, raycluster
 from tests.prometheus import prometheus
 
 PRODUCT = "whisper"
@@ -72,11 +72,10 @@ class Controllers:
         self.operator = Operator(server)
 
     def configure(self, **changes: Any) -> None:
-        written(
-            self._file,
-            prometheus=self._scraper.url,
-            changes={"dashboard_url": "http://{service}", "tick_s": TICK_S, **changes},
-        )
+        token = self._folder / "token"
+        token.write_text(f"{TOKEN}\n")
+        always = {"dashboard_url": "http://{service}", "ray_token_file": str(token), "tick_s": TICK_S}
+        written(self._file, prometheus=self._scraper.url, changes={**always, **changes})
 
     def start(self) -> Process:
         self._started.append(Process(self._file, self._kubeconfig, self._folder / f"log-{len(self._started)}"))
@@ -133,15 +132,20 @@ def test_pods_come_and_go_whole_and_numbers_are_asserted_again(cluster: RayClust
     cluster.deploy(pods.declaration())
     wait_until("the pods are up", lambda: cluster.is_running("pods"), 120)
     operator.rayservice(cluster.dashboard)
-    controllers.configure(**limits(WORKERS, WORKERS))
+    controllers.configure(**limits(WORKERS, WORKERS), dry_run=True)
     process = controllers.start()
+    wait_until("it decides", lambda: process.rounds("ok") > 2, 30)
+    assert process.metric("whisper_scaling_wanted_replicas", stage="encoder") == WORKERS
+    assert cluster.targets("pods") == are(1)
+    assert operator.events("ScaledUp") == []
+    controllers.configure(**limits(WORKERS, WORKERS))
     wait_until("all pods are taken", settled(cluster, "pods", are(WORKERS)), 60)
     assert {event["note"].partition(" (")[0] for event in operator.events("ScaledUp")} == {
         "features 1 → 3, encoder 1 → 3, decoder 1 → 3"
     }
 
     # 3 → 2 empties one, and 2 → 1 another: KubeRay's autoscaler takes idle pods only
-    for count in (2, 3, 2, 1):
+    for count in (2, 1):
         controllers.configure(**limits(count, count))
         wait_until(f"there are {count}", settled(cluster, "pods", are(count)), 60)
         nodes = [set(ids) for ids in cluster.nodes("pods").values()]
@@ -171,6 +175,10 @@ def test_pods_come_and_go_whole_and_numbers_are_asserted_again(cluster: RayClust
     cluster.deploy(pods.declaration(version=1))
     wait_until("it is deployed anew", lambda: cluster.targets("pods") in (are(1), are(2)), 60)
     assert rounds_to(process, lambda: cluster.targets("pods") == are(2)) <= 2
+    # one that is not for others to scale
+    cluster.deploy(pods.declaration(version=2, external=False))
+    wait_until("it is told", lambda: bool(operator.events("ExternalScalingOff")), 60)
+    assert "external_scaler_enabled: true" in operator.events("ExternalScalingOff")[0]["note"]
     assert "Traceback" not in process.log
 
 
