@@ -22,7 +22,7 @@ import pytest
 
 from serve_app.deployed import application
 from tests.conftest import free_port
-from tests.helm.rendering import objects, ray_groups, serve_config, values_of
+from tests.helm.rendering import container, objects, ray_groups, serve_config, values_of
 
 RAY = Path(sys.executable).with_name("ray")
 KEY = "sk-0123456789abcdef"
@@ -98,14 +98,15 @@ def cluster() -> Iterator[Cluster]:
     """Ray's nodes from the groups of the chart for CPUs: the resources of each, its options, token authentication."""
     folder = Path(tempfile.mkdtemp(prefix="deployed"))  # short, for the paths of sockets have a limit
     port, dashboard, token = free_port(), free_port(), secrets.token_hex(24)
+    groups = list(ray_groups(objects(values_of("values-cpu.yaml"))).values())  # the head's is the first
+    variables = {each["name"]: each["value"] for each in container(groups[0]["template"])["env"]}
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+        **{name: value for name, value in variables.items() if name not in ("HOME", "XDG_CACHE_HOME")},
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # as KubeRay does for authOptions
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_WAIT_POLICY": "PASSIVE",
     }
-    groups = list(ray_groups(objects(values_of("values-cpu.yaml"))).values())  # the head's is the first
     nodes: list[Node] = []
     try:
         places = [["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]]

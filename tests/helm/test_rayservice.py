@@ -293,6 +293,8 @@ def test_variables_of_the_environment() -> None:
         # the root file system is read-only
         assert variables["HOME"] == "/tmp"
         assert variables["XDG_CACHE_HOME"].startswith("/tmp/")
+        # three pods less one are two full ones and an empty one, which the autoscaler can remove
+        assert variables["RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY"] == "1"
 
 
 def test_who_the_containers_are() -> None:

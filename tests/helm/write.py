@@ -28,10 +28,9 @@ def with_settings(schema: dict[str, Any]) -> dict[str, Any]:
     definitions = {**settings.pop("$defs"), "Settings": settings}
     for definition in definitions.values():
         # what is set from other values is refused with a word on it (templates/_check.tpl), so it must pass here
-        definition.pop("title", None)
-        for field in definition["properties"].values():
-            field.pop("title", None)
-            field.pop("default", None)  # Helm ignores them, and here they would be in two places
+        for part in (definition, *definition["properties"].values()):
+            for words in ("title", "description", "default"):  # Helm says none of them, and here they would stand twice
+                part.pop(words, None)
     kept = {name: value for name, value in schema["$defs"].items() if not name[0].isupper()}
     return {**schema, "$defs": {**kept, **dict(sorted(definitions.items()))}}
 

@@ -129,6 +129,8 @@ spec:
         # as often as replicas report: the controller decides by these figures
         - {name: RAY_metrics_report_interval_ms, value: "1000"}
         - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+        # Serve fills a pod before it takes the next, and empties one when replicas go: then the autoscaler removes it
+        - {name: RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY, value: "1"}
         # OpenMP threads that wait for work sleep instead of spinning: replicas share the cores
         - {name: OMP_WAIT_POLICY, value: PASSIVE}
         {{- with $values.env }}
