@@ -22,8 +22,8 @@ def running(settings: Settings) -> Iterator[str]:
     """Runs the application until the context ends; gives its URL when it is ready.
 
     In the cluster that this process has joined, or in the one named by ``RAY_ADDRESS``, it deploys the application and
-    deletes it at the end; else it starts a cluster of its own, which ends with it. Raises RuntimeError where the settings
-    ask for what a cluster that runs already has otherwise.
+    deletes it at the end; else it starts a cluster of its own, which ends with it. Raises RuntimeError where a cluster
+    that runs already is not as the settings say.
     """
     address = os.environ.get("RAY_ADDRESS")
     metrics_port = settings.metrics.port

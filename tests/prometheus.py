@@ -17,7 +17,8 @@ import yaml
 
 from tests.conftest import ROOT, free_port
 
-RULES = ROOT / "helm" / "whisper-serve" / "rules" / "recording.yaml"
+RULES = ROOT / "helm" / "whisper-serve" / "rules"
+"""The folder of recording rules and alerts."""
 SCRAPE_S = 1
 
 
@@ -77,11 +78,11 @@ class Prometheus:
 
 @contextlib.contextmanager
 def prometheus(folder: Path, targets: Sequence[str], rules: Path = RULES) -> Iterator[Prometheus]:
-    """Runs a server that scrapes the targets (host:port) and evaluates the rules, every second."""
+    """Runs a server that scrapes the targets (host:port) and evaluates the rules of a folder, every second."""
     binary = program("prometheus")
     config = {
         "global": {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"},
-        "rule_files": [str(rules)],
+        "rule_files": [str(rules / "*.yaml")],
         "scrape_configs": [{"job_name": "ray", "static_configs": [{"targets": list(targets)}]}],
     }
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from loadtest.recording import PREFIX, Point, Recorder, openmetrics, read
-from tests.prometheus import RULES, Prometheus, program, prometheus
-
-RECORDINGS = sorted((Path(__file__).parent / "recordings").glob("*.om.gz"))
+from loadtest.recording import Point, Recorder, openmetrics, read
+from tests.metrics.replayed import Recording, recording_rules
 
 PORT = """\
 # HELP ray_whisper_requests_total Recordings.
@@ -57,35 +51,6 @@ def test_a_port_that_does_not_answer_leaves_nothing_to_write(tmp_path: Path) -> 
         recorder.write(tmp_path / "nothing.om.gz")
 
 
-class Recording:
-    """A recording in a Prometheus' database. begin, end: Unix time of its first and last sample."""
-
-    def __init__(self, server: Prometheus, begin: float, end: float):
-        self.server, self.begin, self.end = server, begin, end
-
-    def value(self, expression: str) -> float:
-        """At the end."""
-        (value,) = self.server.query(expression, at=self.end).values()
-        return value
-
-    def over(self, function: str, metric: str) -> list[float]:
-        """``max_over_time`` or another, of every series."""
-        window = round(self.end - self.begin) + 1
-        return list(self.server.query(f"{function}({metric}[{window}s])", at=self.end).values())
-
-
-@pytest.fixture(scope="module", params=RECORDINGS, ids=lambda path: path.name)
-def recording(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recording]:
-    folder = tmp_path_factory.mktemp("recording")
-    text = gzip.decompress(request.param.read_bytes()).decode()
-    (folder / "recording.om").write_text(text)
-    command = [program("promtool"), "tsdb", "create-blocks-from", "openmetrics", "recording.om", "data"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
-    stamps = [float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(PREFIX)]
-    with prometheus(folder, targets=[]) as server:
-        yield Recording(server, min(stamps), max(stamps))
-
-
 def test_every_stage_did_every_window(recording: Recording) -> None:
     done = {
         stage: recording.value(f'sum(ray_whisper_stage_windows_total{{stage="{stage}",outcome="done"}})')
@@ -99,16 +64,16 @@ def test_every_stage_did_every_window(recording: Recording) -> None:
 
 
 def test_every_rule_of_its_kind_has_a_value(recording: Recording) -> None:
-    """Rules over a GPU's metrics want a recording of a GPU."""
-    on_gpu = bool(recording.server.query("ray_whisper_gpu_power_watts", at=recording.end))
-    rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
-    of_gpus = {rule["record"] for rule in rules if "ray_whisper_gpu" in rule["expr"]}
-    of_gpus |= {rule["record"] for rule in rules if "dram" in rule["expr"] or "tensor" in rule["expr"]}
-    window = "5m"  # whatever its length, the recording is inside
-    for rule in rules:
-        if on_gpu or rule["record"] not in of_gpus:
-            expression = rule["expr"].replace("[1m]", f"[{window}]").replace("[5m]", f"[{window}]")
-            assert recording.server.query(expression, at=recording.end), rule["record"]
+    """Rules over a GPU's metrics want a recording of a GPU, those of scaling one of a load that was scaled."""
+    of_gpus = ("ray_whisper_gpu", "dram", "tensor", 'kind!="cpu_busy"')
+    empty = [
+        name
+        for name, expression in recording_rules().items()
+        if "whisper:scaling_" not in name
+        and (recording.of_gpus or not any(part in expression for part in of_gpus))
+        and not recording.has(name)
+    ]
+    assert empty == []
 
 
 def test_shares_are_shares_and_work_was_seen(recording: Recording) -> None:
@@ -119,7 +84,7 @@ def test_shares_are_shares_and_work_was_seen(recording: Recording) -> None:
 
 
 def test_a_gpus_readings_are_possible(recording: Recording) -> None:
-    if not recording.server.query("ray_whisper_gpu_power_watts", at=recording.end):
+    if not recording.of_gpus:
         pytest.skip("no GPU was recorded")
     assert max(recording.over("max_over_time", 'ray_whisper_sm_utilization{kind="gpm"}')) > 0.3
     assert 100 < max(recording.over("max_over_time", "ray_whisper_gpu_power_watts")) < 1500

@@ -1,0 +1,1 @@
+"""The Grafana dashboards, written by ``python -m loadtest.dashboards`` into the chart's folder."""
