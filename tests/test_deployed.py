@@ -113,7 +113,7 @@ def cluster() -> Iterator[Cluster]:
         places += [[f"--address=127.0.0.1:{port}"]] * (len(groups) - 1)
         for group, place in zip(groups, places, strict=True):  # one after the other: a start may take no more than 30 s
             nodes.append(Node(group, folder, environment, place))
-            wait_until("a node is up", nodes[-1].is_up, 90)
+            wait_until("a node is up", nodes[-1].is_up, 180)
         authorized = {"Authorization": f"Bearer {token}"}
         with httpx.Client(base_url=f"http://127.0.0.1:{dashboard}", headers=authorized, timeout=120) as client:
             yield Cluster(client)
