@@ -83,13 +83,31 @@ class Node:
             # pods have addresses of their own, these nodes have one
             **{name: free_port() for name in of_its_own},
         }
-        command = [str(RAY), "start", "--block", *(f"--{name}={value}" for name, value in options.items()), *place]
-        self._log = tempfile.NamedTemporaryFile()  # noqa: SIM115  # as long as the node
-        self.process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=subprocess.STDOUT)
+        self._command = [
+            str(RAY),
+            "start",
+            "--block",
+            *(f"--{name}={value}" for name, value in options.items()),
+            *place,
+        ]
+        self._environment = environment
+        self._starts = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._starts += 1
+        self._log = tempfile.NamedTemporaryFile()  # noqa: SIM115  # as long as the process
+        self.process = subprocess.Popen(
+            self._command, env=self._environment, stdout=self._log, stderr=subprocess.STDOUT
+        )
 
     def is_up(self) -> bool:
         log = Path(self._log.name).read_text()
-        assert self.process.poll() is None, log[-2000:]
+        if self.process.poll() is not None:
+            # Ray gives up after 30 s, which a busy machine may need; kubelet would start the container again, too
+            assert "timed out during startup" in log, log[-2000:]
+            assert self._starts < 4, log[-2000:]
+            self._start()
         return "Ray runtime started" in log
 
 
@@ -111,7 +129,7 @@ def cluster() -> Iterator[Cluster]:
     try:
         places = [["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]]
         places += [[f"--address=127.0.0.1:{port}"]] * (len(groups) - 1)
-        for group, place in zip(groups, places, strict=True):  # one after the other: a start may take no more than 30 s
+        for group, place in zip(groups, places, strict=True):  # one after the other: Ray gives a start 30 s
             nodes.append(Node(group, folder, environment, place))
             wait_until("a node is up", nodes[-1].is_up, 180)
         authorized = {"Authorization": f"Bearer {token}"}
