@@ -11,7 +11,9 @@ from tests.helm.rendering import NOTES, at, merged, named, objects, one, render
 
 
 def test_the_service() -> None:
-    values = at("service", {"type": "LoadBalancer", "port": 80, "annotations": {"a": "b"}})
+    given = at("service", {"type": "LoadBalancer", "port": 80, "annotations": {"a": "b"}})
+    callers = at("networkPolicy.api.from", [{"ipBlock": {"cidr": "10.0.0.0/8"}}])
+    values = merged(given, callers, at("apiKeys.existingSecret", "keys"))
     service = one(objects(values), "Service", "-api")
     assert service["spec"]["type"] == "LoadBalancer"
     assert service["metadata"]["annotations"] == {"a": "b"}

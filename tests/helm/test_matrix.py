@@ -83,7 +83,8 @@ def test_the_pods_of_a_rayservice_are_pods(values: dict[str, Any]) -> None:
             "metadata": {**template["metadata"], "name": name, "labels": labels},
             "spec": template["spec"],
         }
-        check_built_in(pod, NEWEST)
+        for version in (OLDEST, NEWEST):
+            check_built_in(pod, version)
         volumes = {volume["name"] for volume in template["spec"].get("volumes", [])}
         if name == "redis":
             volumes.add("data")  # of the StatefulSet

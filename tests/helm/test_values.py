@@ -179,6 +179,16 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "open route": (ROUTE, at("apiKeys.keys", []), r"route\.enabled shows the API to the outside"),
     "closed ingress": (INGRESS, at("networkPolicy.api.from", []), r"ingress\.enabled needs networkPolicy\.api\.from"),
     "closed route": (ROUTE, at("networkPolicy.api.from", []), r"route\.enabled needs networkPolicy\.api\.from"),
+    "closed load balancer": (
+        at("apiKeys.existingSecret", "keys"),
+        at("service.type", "LoadBalancer"),
+        r"service\.type: LoadBalancer needs networkPolicy\.api\.from",
+    ),
+    "open load balancer": (
+        at("networkPolicy.enabled", False),
+        at("service.type", "LoadBalancer"),
+        r"service\.type: LoadBalancer shows the API to the outside",
+    ),
     "ingress of no host": (INGRESS, at("ingress.host", ""), r"needs ingress\.host"),
     "route of no gateway": (ROUTE, at("route.parentRefs", []), r"needs route\.parentRefs"),
     "two volumes of weights": (CLAIM, at("weights.image", "w:1"), r"existingClaim and weights\.image: one of them"),

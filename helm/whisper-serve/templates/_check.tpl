@@ -91,14 +91,16 @@
 {{- if and $v.apiKeys.existingSecret $v.apiKeys.keys -}}
 {{- $wrong = append $wrong "apiKeys.existingSecret and apiKeys.keys: one of them" -}}
 {{- end -}}
-{{- range $kind := list "ingress" "route" -}}
-{{- if (index $v $kind).enabled -}}
+{{- $shown := list -}}
+{{- if $v.ingress.enabled -}}{{- $shown = append $shown "ingress.enabled" -}}{{- end -}}
+{{- if $v.route.enabled -}}{{- $shown = append $shown "route.enabled" -}}{{- end -}}
+{{- if ne $v.service.type "ClusterIP" -}}{{- $shown = append $shown (printf "service.type: %s" $v.service.type) -}}{{- end -}}
+{{- range $shown -}}
 {{- if and $v.networkPolicy.enabled (not $v.networkPolicy.api.from) -}}
-{{- $wrong = append $wrong (printf "%s.enabled needs networkPolicy.api.from: the pods that bring its requests, as [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ingress-nginx}}}]" $kind) -}}
+{{- $wrong = append $wrong (printf "%s needs networkPolicy.api.from: who brings its requests, as [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ingress-nginx}}}] or [{ipBlock: {cidr: 10.0.0.0/8}}]" .) -}}
 {{- end -}}
 {{- if not (or (include "whisper-serve.apiKeysSecret" $) $v.apiKeys.allowAnonymous) -}}
-{{- $wrong = append $wrong (printf "%s.enabled shows the API to the outside: name apiKeys.existingSecret, or say apiKeys.allowAnonymous" $kind) -}}
-{{- end -}}
+{{- $wrong = append $wrong (printf "%s shows the API to the outside: name apiKeys.existingSecret, or say apiKeys.allowAnonymous" .) -}}
 {{- end -}}
 {{- end -}}
 {{- if and $v.ingress.enabled (not $v.ingress.host) -}}
