@@ -166,7 +166,7 @@ def test_its_command_starts_it(tmp_path: Path) -> None:
         env={**os.environ, "KUBECONFIG": str(tmp_path / "none"), "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=False,
     )
     assert ended.returncode == Exit.API_LOST, ended.stderr

@@ -249,7 +249,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
 pods = st.integers(0, 40)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     least=pods, start=pods, most=pods, by=st.sampled_from(["serve", "none"]), cuda=st.booleans(), split=st.booleans()
 )
