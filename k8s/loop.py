@@ -61,6 +61,7 @@ class Controller:
         self._decider: Decider | None = None  # from when it leads
         self._active: ActiveCluster | None = None
         self._wanted: dict[Stage, int] = {}  # what Serve was last asked for
+        self._signals: Signals | None = None
         self._heard_at: dict[Stage, float] = {}
         self._kept_at = 0.0
         self._kept_targets: dict[Stage, int] = {}
@@ -110,7 +111,14 @@ class Controller:
         targets = {stage: status.deployments[stage].target for stage in STAGES}
         if not settings.dry_run:
             targets |= self._wanted
-        signals = rebuilt(application=application, dcgm=dcgm, serve=status, targets=targets, gpus=settings.gpus)
+        self._signals = signals = rebuilt(
+            application=application,
+            dcgm=dcgm,
+            serve=status,
+            targets=targets,
+            gpus=settings.gpus,
+            before=self._signals,
+        )
         decision = self._decider.decide(signals, now)
         self._show(signals, decision, now)
         self._assert(status, changes(signals, decision))

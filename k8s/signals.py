@@ -105,12 +105,14 @@ def rebuilt(
     serve: ServeStatus,
     targets: Mapping[Stage, int],
     gpus: Mapping[Stage, float],
+    before: Signals | None = None,
 ) -> Signals:
     """application: samples of ``application_query``. dcgm: of ``dcgm_query``; None where the replicas' own count.
-    targets: replicas last asked for.
+    targets: replicas last asked for. before: what was rebuilt last.
 
     Readings are of the replicas that Serve says run. One that cannot be put together, because a series is missing or
-    has no number, counts as none: the policy knows what that means.
+    has no number, counts as none, and the one before stays: its own time says how old it is. On a busy node Ray's port
+    leaves out gauges for a moment now and then.
     """
     replicas, callers = _grouped(application)
     stages = {}
@@ -120,8 +122,23 @@ def rebuilt(
         readings = {name: replace(reading, gpu=replicas[stage][name].gpu) for name, reading in readings.items()}
         if dcgm is not None:
             readings = _joined(readings, dcgm)
+        if before is not None:
+            readings = _newest(before.stages[stage].readings, readings, running)
         stages[stage] = stage_signals(target=targets[stage], ready=len(running), gpus=gpus[stage], readings=readings)
-    return Signals(stages, _readings(CallerReading, callers, serve.running(API)))
+    calling = _readings(CallerReading, callers, serve.running(API))
+    if before is not None:
+        calling = _newest(before.callers, calling, serve.running(API))
+    return Signals(stages, calling)
+
+
+def _newest(before: Mapping[str, Reading], now: Mapping[str, Reading], running: Iterable[str]) -> dict[str, Reading]:
+    """Of each replica that runs, by id."""
+    found: dict[str, Reading] = {}
+    for replica in running:
+        known = [readings[replica] for readings in (before, now) if replica in readings]
+        if known:
+            found[replica] = max(known, key=lambda reading: reading.at)
+    return found
 
 
 def _grouped(samples: Iterable[Sample]) -> tuple[dict[Stage, dict[str, _Found]], dict[str, _Found]]:

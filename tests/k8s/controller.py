@@ -166,5 +166,5 @@ def wait_until(what: str, reached: Callable[[], bool], seconds: float) -> float:
     began = time.monotonic()
     while not reached():
         assert time.monotonic() - began < seconds, f"{what}: not within {seconds:g} s"
-        time.sleep(0.05)
+        time.sleep(0.2)  # asking costs those who are waited for
     return time.monotonic() - began

@@ -117,7 +117,7 @@ def test_a_watch_brings_what_changes(objects: Any, operator: Operator) -> None:
     change = threading.Timer(0.3, lambda: operator.rayservice("another"))
     change.start()
     stream: Iterator[Any] = Watch().stream(
-        objects.list_namespaced_custom_object, *RAYSERVICES, resource_version=version, timeout_seconds=5
+        objects.list_namespaced_custom_object, *RAYSERVICES, resource_version=version, timeout_seconds=1
     )
     event = next(stream)
     assert event["type"] == "MODIFIED"

@@ -24,6 +24,8 @@ from tests.k8s.controller import Operator, Process, wait_until, written
 from tests.k8s.raycluster import TOKEN, WORKERS, RayCluster, raycluster
 from tests.prometheus import prometheus
 
+pytestmark = pytest.mark.timeout(600)
+
 PRODUCT = "whisper"
 TICK_S = 1.0
 HOLD_S = 4.0
@@ -129,6 +131,14 @@ def test_pods_come_and_go_whole_and_numbers_are_asserted_again(cluster: RayClust
             "scaling": {"topology": "colocated", "pods": {"min_replicas": least, "max_replicas": most}},
         }
 
+    def take_whole(count: int) -> None:
+        """KubeRay's autoscaler takes idle pods only."""
+        controllers.configure(**limits(count, count))
+        wait_until(f"there are {count}", settled(cluster, "pods", are(count)), 60)
+        nodes = [set(ids) for ids in cluster.nodes("pods").values()]
+        assert len(nodes[0]) == count
+        assert nodes == [nodes[0]] * len(STAGES)
+
     cluster.deploy(pods.declaration())
     wait_until("the pods are up", lambda: cluster.is_running("pods"), 120)
     operator.rayservice(cluster.dashboard)
@@ -144,20 +154,8 @@ def test_pods_come_and_go_whole_and_numbers_are_asserted_again(cluster: RayClust
         "features 1 → 3, encoder 1 → 3, decoder 1 → 3"
     }
 
-    # 3 → 2 empties one, and 2 → 1 another: KubeRay's autoscaler takes idle pods only
-    for count in (2, 1):
-        controllers.configure(**limits(count, count))
-        wait_until(f"there are {count}", settled(cluster, "pods", are(count)), 60)
-        nodes = [set(ids) for ids in cluster.nodes("pods").values()]
-        assert len(nodes[0]) == count
-        assert nodes == [nodes[0]] * len(STAGES)
+    take_whole(2)
 
-    controllers.configure(**limits(2, 3))
-    wait_until("there are 2", settled(cluster, "pods", are(2)), 60)
-
-    # somebody else's number
-    cluster.scale("pods", "encoder", 1)
-    assert rounds_to(process, lambda: cluster.targets("pods") == are(2)) <= 2
     # another active cluster, which begins with its configuration's sizes
     operator.rayservice(None)
     wait_until("it has none", lambda: process.rounds("no_cluster") > 0, 10)
@@ -171,6 +169,11 @@ def test_pods_come_and_go_whole_and_numbers_are_asserted_again(cluster: RayClust
         lambda: any("whisper-raycluster-b" in event["note"] for event in operator.events("Reasserted")),
         10,
     )
+    wait_until("there are 2", settled(cluster, "pods", are(2)), 60)
+    take_whole(1)
+    controllers.configure(**limits(2, 3))
+    wait_until("2 are asked for", lambda: cluster.targets("pods") == are(2), 10)
+
     # another configuration of Serve's
     cluster.deploy(pods.declaration(version=1))
     wait_until("it is deployed anew", lambda: cluster.targets("pods") in (are(1), are(2)), 60)
@@ -219,28 +222,35 @@ def test_replicas_follow_the_load_and_stay_where_nothing_is_known(
     operator.rayservice(cluster.dashboard)
     first = controllers.start()
 
+    def entries() -> list[Entry]:
+        while log.exists():
+            with contextlib.suppress(ValueError):  # a line that is being written
+                return [line for line in read(log) if isinstance(line, Entry)]
+        return []
+
     def latest() -> Entry:
-        return [line for line in read(log) if isinstance(line, Entry)][-1]
+        return entries()[-1]
+
+    def known() -> bool:
+        """Has it been for a while? The first rates are of nearly empty batches."""
+        return sum(entry.decision.units["decoder"].rate is not None for entry in entries()) > 10
 
     def target() -> int:
         return cluster.targets(PRODUCT)["decoder"]
 
     load = Load(f"http://127.0.0.1:{cluster.http}", beginning(sample, CLIP_S))
+    load.rate = 0.2
     try:
         wait_until("it leads", first.leads, 30)
-        wait_until(
-            "its rate is known", lambda: log.exists() and latest().decision.units["decoder"].rate is not None, 60
-        )
+        wait_until("its rate is known, and one suffices", lambda: known() and target() == 1, 90)
         rate = latest().decision.units["decoder"].rate
         assert rate is not None
-        assert target() == 1
 
         load.rate = 4 * rate / CLIP_S
         wait_until("another decoder is asked for", lambda: target() == 2, 40)
-        load.rate = rate / CLIP_S
+        load.rate = 0.3 * rate / CLIP_S
         wait_until("it runs", lambda: latest().signals.stages["decoder"].ready == 2, 90)
-        (told,) = [e for e in operator.events("ScaledUp") if e["note"].startswith("decoder 1 → 2 (")]
-        assert told["type"] == "Normal"
+        assert any(e["note"].startswith("decoder 1 → 2 (") for e in operator.events("ScaledUp"))
         assert (first.metric("whisper_controller_signal_age_seconds", stage="decoder") or 99) < 10
 
         # the next leader knows what the last one learned

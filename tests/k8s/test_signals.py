@@ -159,6 +159,21 @@ def test_readings_are_of_replicas_that_run(told: Signals, silent: list[str]) -> 
 
 
 @SOME
+@given(signals(), signals(), st.booleans())
+def test_a_reading_that_is_missing_now_is_the_one_before(told: Signals, later: Signals, lost: bool) -> None:
+    """Of replicas that still run, and with its own time."""
+    serve = status(told)
+    now = [] if lost else exported(later)
+    found = rebuilt(application=now, dcgm=None, serve=serve, targets=dict.fromkeys(STAGES, 1), gpus=GPUS, before=told)
+    groups = [(found.stages[s].readings, told.stages[s].readings, later.stages[s].readings) for s in STAGES]
+    for got, before, after in [*groups, (found.callers, told.callers, later.callers)]:
+        assert set(got) == set(before)
+        for name, reading in got.items():
+            newer = not lost and name in after and after[name].at > before[name].at
+            assert reading == (after if newer else before)[name]
+
+
+@SOME
 @given(signals())
 def test_what_is_asked_for_and_does_not_run_is_starting(told: Signals) -> None:
     for found in rebuild(told, exported(told)).stages.values():
