@@ -93,9 +93,10 @@ def serve(
     from serve_app.running import running
 
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     with running(settings) as url:
+        # only now: Ray, when it starts, takes SIGTERM for itself, and would abort the process in the midst of its end
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         print(f"whisper-serve is ready at {url}", flush=True)
         stop.wait()
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -152,6 +153,11 @@ def test_the_application_runs_as_it_is_set_up_and_prometheus_finds_its_metrics(
                 assert time.monotonic() < deadline, httpx.get(f"http://127.0.0.1:{metrics_port}/metrics").text[:2000]
                 time.sleep(0.5)
             replicas = scraper.value("count(ray_whisper_requests_active)")
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGTERM)  # as `docker compose stop` does
+        ended = os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+        assert ended is not None
+        assert (ended.si_code, ended.si_status) == (os.CLD_EXITED, 0)
     assert replicas == yaml.safe_load((ROOT / "compose" / "settings.yaml").read_text())["http"]["replicas"]
 
 
