@@ -165,7 +165,9 @@ def test_a_reading_that_is_missing_now_is_the_one_before(told: Signals, later: S
     serve = status(told)
     now = [] if lost else exported(later)
     found = rebuilt(application=now, dcgm=None, serve=serve, targets=dict.fromkeys(STAGES, 1), gpus=GPUS, before=told)
-    groups = [(found.stages[s].readings, told.stages[s].readings, later.stages[s].readings) for s in STAGES]
+    groups: list[tuple[Any, Any, Any]] = [
+        (found.stages[s].readings, told.stages[s].readings, later.stages[s].readings) for s in STAGES
+    ]
     for got, before, after in [*groups, (found.callers, told.callers, later.callers)]:
         assert set(got) == set(before)
         for name, reading in got.items():
