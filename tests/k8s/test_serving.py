@@ -290,7 +290,7 @@ def test_replicas_follow_the_load_and_stay_where_nothing_is_known(
         scraper.start()
         controllers.configure(**settings)
         wait_until("it has gone", lambda: target() == 1, 90)
-        assert operator.events("SignalsFresh")
+        wait_until("it is told", lambda: bool(operator.events("SignalsFresh")), 30)
         assert any(e["note"].startswith("decoder 2 → 1 (fewer)") for e in operator.events("ScaledDown"))
         assert second.metric("whisper_scaling_decisions_total", stage="decoder", direction="down", reason="fewer")
     finally:
