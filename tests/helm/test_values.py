@@ -127,6 +127,7 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         r"use api\.replicas, service and apiKeys",
     ),
     "name": ({}, at("settings.app_name", "speech"), r"settings\.app_name is set by the chart"),
+    "metrics": ({}, at("settings.metrics.port", 9090), r"settings\.metrics is set by the chart: .* on port 8080"),
     "device": ({}, at("settings.model.device", "cpu"), r"settings\.model\.device is set by the chart: use device"),
     "replicas": (
         {},

@@ -8,7 +8,7 @@
 {{- $scaling := default dict $settings.scaling -}}
 
 {{- /* settings that follow from other values */ -}}
-{{- range $key, $instead := dict "http" "api.replicas, service and apiKeys" "app_name" "nothing: the application is named whisper" -}}
+{{- range $key, $instead := dict "http" "api.replicas, service and apiKeys" "app_name" "nothing: the application is named whisper" "metrics" "nothing: KubeRay starts Ray, with metrics on port 8080" -}}
 {{- if hasKey $settings $key -}}
 {{- $wrong = append $wrong (printf "settings.%s is set by the chart: use %s" $key $instead) -}}
 {{- end -}}
