@@ -99,7 +99,7 @@ class Histogram(Metric):
 
 
 STAGE_OUTCOMES = ("done", "failed", "cancelled", "expired", "input_lost")
-RETRY_REASONS = ("replica_died", "refused", "input_lost")
+RETRY_REASONS = ("replica_died", "call_broke", "refused", "input_lost")
 ERROR_REASONS = ("failed", "deadline", "gave_up")
 REQUEST_OUTCOMES = ("done", "invalid", "overloaded", "deadline", "failed", "cancelled")
 
@@ -235,7 +235,7 @@ STAGE_RETRIES = Counter(
     "whisper_stage_retries",
     "windows",
     ("stage", "reason"),
-    "Windows sent again: replica_died, refused (its queue was full), input_lost.",
+    "Windows sent again: replica_died, call_broke, refused (its queue was full), input_lost.",
 )
 STAGE_ERRORS = Counter(
     "whisper_stage_errors",

@@ -4,8 +4,9 @@ Windows are sent against credits: each replica takes one batch to run and one to
 leaves at once; while the stage is busy windows gather here, and leave together, most urgent first, when credit returns.
 The order *within* a replica is decided there, once (``batching.planner``).
 
-Transcription is pure, so a call whose replica dies is sent again. Each of its windows might be the reason: it runs
-alone from then on, and if it is running at a second death it ends in an error instead of walking through all replicas.
+Transcription is pure, so a call whose replica dies, or that breaks off in any other way, is sent again. Each of its
+windows might be the reason: it runs alone from then on, and if it is running at a second death it ends in an error
+instead of walking through all replicas.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ MAX_DEATHS = 2
 """A window that was running on this many replicas as they died is taken to be the reason."""
 
 REFUSED_PAUSE_S = 0.2
-"""How long a replica that refused windows is left alone."""
+"""How long a replica that refused windows, or broke off a call, is left alone."""
+DEAD_PAUSE_S = 5.0
+"""How long nothing is sent to a replica that has died: by then the router has heard of it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -220,7 +223,8 @@ class BatchingHandle:
     async def _run(self, replica_id: str, batch: list[_Pending]) -> None:
         """One stage call, from sending to its last event."""
         call = StageCall([p.window for p in batch])
-        error: Exception | None = None
+        pause_s = REFUSED_PAUSE_S
+        cause: Exception | None = None
         try:
             stream = self._process.remote(call, replica=replica_id)
             assert isinstance(stream, DeploymentResponseGenerator)
@@ -229,14 +233,12 @@ class BatchingHandle:
                     self._take(replica_id, event)
                 self._dispatch()
         except ray.exceptions.RayActorError as died:
-            # do not send there again before the router has heard of it
-            self._replicas[replica_id].closed_until = time.time() + 5.0
-            self._retry(replica_id, batch, died)
-        except Exception as other:  # whatever a stage call raises is its windows' error
-            error = other
-        for pending in self._unanswered(replica_id, batch):
-            metrics.STAGE_ERRORS.add(stage=self._stage, reason="failed")
-            pending.result.set_exception(_failure(self._stage, error))
+            pause_s, cause = DEAD_PAUSE_S, died
+        except Exception as other:  # a window's own error comes as an event; whatever else ends a call is the call's
+            cause = other
+        again = self._unanswered(replica_id, batch)
+        if again or cause is not None:
+            self._retry(replica_id, again, cause, pause_s)
         self._dispatch()
 
     def _unanswered(self, replica_id: str, batch: list[_Pending]) -> list[_Pending]:
@@ -274,10 +276,13 @@ class BatchingHandle:
                         pending.attempts -= 1  # it was not tried
                         self._waiting.append(pending)
 
-    def _retry(self, replica_id: str, batch: list[_Pending], died: Exception) -> None:
-        again = self._unanswered(replica_id, batch)
-        logger.warning("%s replica %s died with %d windows under way: %s", self._stage, replica_id, len(again), died)
-        self._loop.call_later(5.0, self._dispatch)
+    def _retry(self, replica_id: str, again: list[_Pending], cause: Exception | None, pause_s: float) -> None:
+        """Windows of a call that has ended without their results. cause: None where it just ended."""
+        logger.warning(
+            "%s replica %s left %d windows undone: %s", self._stage, replica_id, len(again), cause or "its call ended"
+        )
+        self._replicas[replica_id].closed_until = time.time() + pause_s
+        self._loop.call_later(pause_s, self._dispatch)
         for pending in again:
             # Of windows that ran together each may be the reason; of one that runs alone the notice that it has started
             # always comes (``stages.replica.NOTICE_S``).
@@ -290,9 +295,10 @@ class BatchingHandle:
                     pending.window.window_id, pending.attempts, self._stage, pending.deaths,
                 )  # fmt: skip
                 metrics.STAGE_ERRORS.add(stage=self._stage, reason="gave_up")
-                pending.result.set_exception(_failure(self._stage, died))
+                pending.result.set_exception(_failure(self._stage, cause))
             else:
-                metrics.STAGE_RETRIES.add(stage=self._stage, reason="replica_died")
+                reason = "replica_died" if isinstance(cause, ray.exceptions.RayActorError) else "call_broke"
+                metrics.STAGE_RETRIES.add(stage=self._stage, reason=reason)
                 self._waiting.append(pending)
 
 

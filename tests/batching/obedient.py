@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import AsyncIterator
 
 import torch
 
 from serve_app.batching.feedback import FeedbackSettings
+from serve_app.batching.messages import Event, StageCall
 from serve_app.settings import StageSettings
 from serve_app.stages.replica import BatchStage
 from serve_app.stages.transport import Input
@@ -18,12 +20,21 @@ class ObedientStage(BatchStage):
 
     stage = "encoder"
 
-    def __init__(self, budget: int = 4, max_queued_windows: int = 256):
+    def __init__(self, budget: int = 4, max_queued_windows: int = 256, breaks: int = 0):
+        """breaks: so many calls end with an error that is no window's."""
+        self._breaks = breaks
         super().__init__(StageSettings(max_queued_windows=max_queued_windows), torch.device("cpu"))
         # a budget of its windows' cost, which stays
         bounds = self.bounds(FeedbackSettings(enabled=False), least=1, most=budget)
         self._follow_load(FeedbackSettings(enabled=False), bounds)
         self.export = lambda results, consumers: [tuple(result) for result in results.tolist()]
+
+    async def process(self, call: StageCall, *, replica: str | None = None) -> AsyncIterator[list[Event]]:
+        if self._breaks > 0:
+            self._breaks -= 1
+            raise RuntimeError("the call breaks off")
+        async for events in super().process(call, replica=replica):
+            yield events
 
     def _batch(self, inputs: list[Input]) -> torch.Tensor:
         orders = [float(array[0]) for array in inputs]

@@ -57,6 +57,16 @@ def small_queue(ray_cluster: int) -> Iterator[DeploymentHandle[Any]]:
     yield from deploy(budget=1, max_queued_windows=2)
 
 
+@pytest.fixture
+def breaks_once(ray_cluster: int) -> Iterator[DeploymentHandle[Any]]:
+    yield from deploy(breaks=1)
+
+
+@pytest.fixture
+def breaks_always(ray_cluster: int) -> Iterator[DeploymentHandle[Any]]:
+    yield from deploy(breaks=10**6)
+
+
 async def connect(stage: DeploymentHandle[Any], *, credit: int = 8) -> BatchingHandle:
     """A batching handle of this test's event loop, once it knows the stage's replicas."""
     handle = BatchingHandle(stage, credit=credit)
@@ -141,6 +151,18 @@ async def test_a_full_queue_refuses_and_the_windows_are_sent_again(small_queue: 
     handle = await connect(small_queue)
     results = await asyncio.gather(*(handle.call(window(0.05)) for _ in range(8)))
     assert len(results) == 8
+
+
+async def test_a_call_that_breaks_off_is_made_again(breaks_once: Stage) -> None:
+    handle = await connect(breaks_once)
+    results = await asyncio.gather(*(handle.call(window(0.05)) for _ in range(3)))
+    assert [size for _, size in results] == [1, 1, 1]  # each might have been the reason
+
+
+async def test_calls_that_always_break_off_end_in_an_error(breaks_always: Stage) -> None:
+    handle = await connect(breaks_always)
+    with pytest.raises(TranscriptionFailed):
+        await handle.call(window(0.05))
 
 
 async def test_replicas_share_the_work_and_what_a_dead_one_held_is_done_by_the_others(three_replicas: Stage) -> None:
