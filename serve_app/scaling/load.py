@@ -14,6 +14,8 @@ from serve_app.scaling.readings import STAGES, CallerReading, ReplicaReading, St
 
 LEAST_UTILIZATION = 0.05
 """Under this a stage's throughput over its utilization says little of what it could do."""
+LEAST_RATE = 1e-3
+"""Seconds of audio a second: what claims to do less has measured nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +165,15 @@ def _stage_load(
         at=max((reading.at for reading, _ in fresh), default=None),
         throughput=done * count,
         utilization=used,
-        rate=done / used if used >= LEAST_UTILIZATION and done > 0 else None,
+        rate=done / used if used >= LEAST_UTILIZATION and done >= LEAST_RATE else None,
         queued_s=queued,
         inlet_s=queued,
         oldest_wait_s=max(waits, default=0.0),
         at_bound=_mean([float(reading.budget_at_bound) for reading, _ in fresh]),
         on_gpu=any(reading.sm_utilization is not None for reading, _ in fresh),
-        own_rate=_mean(own) if (own := [reading.rate for reading, _ in fresh if reading.rate]) else None,
+        own_rate=_mean(own)
+        if (own := [r for reading, _ in fresh if (r := reading.rate or 0.0) >= LEAST_RATE])
+        else None,
         arrived=arrived,
     )
 
@@ -194,7 +198,7 @@ def pods(stages: Mapping[Stage, StageLoad], device: Mapping[Stage, float]) -> St
     cost = sum(costs) if on_gpu else max(costs)
     used = min(1.0, sum(device.values())) if on_gpu else 0.0
     used = max(used, *(load.utilization for load in order))
-    known = cost > 0 and all(costs) and used >= LEAST_UTILIZATION
+    known = 0 < cost <= 1 / LEAST_RATE and all(costs) and used >= LEAST_UTILIZATION
     own = [1 / load.own_rate for load in order if load.own_rate is not None]
     own_cost = sum(own) if on_gpu else max(own, default=0.0)
     # A window that waits for the decoder has only the decoder's work left.

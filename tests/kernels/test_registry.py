@@ -19,8 +19,8 @@ ALL = targets(ARCHITECTURES)
 @pytest.fixture(scope="session")
 def compiled(request: pytest.FixtureRequest) -> dict[Target, Compiled]:
     """What the selected tests ask for, compiled side by side; what has not changed since the last session is there."""
-    asked = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    wanted = [params["target"] for params in asked if "target" in params]
+    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    wanted = [item.callspec.params["target"] for item in here if "target" in item.callspec.params]
     cache = request.config.cache
     assert cache is not None
     return {(made.build, made.architecture): made for made in compile_targets(wanted, cache.mkdir("kernels"))}

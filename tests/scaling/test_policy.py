@@ -130,6 +130,13 @@ def test_the_decoder_is_judged_by_the_fullest_of_its_resources() -> None:
         assert decisions[-1].units["encoder"].utilization == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("topology", ["colocated", "split"])
+def test_next_to_nothing_is_no_rate(topology: str) -> None:
+    seen = signals(2, reading(NOW, done_s=1e-307, rate=1e-307, queued_s=60.0))
+    _, decision = decide(config(topology=topology), State(), seen, NOW)
+    assert {unit.reason for unit in decision.units.values()} == {"measuring"}
+
+
 def test_slots_count_for_the_time_in_which_the_decoder_ran() -> None:
     seen = signals(4, reading(NOW, used=0.1, fill=0.5))
     _, decision = decide(config(), State(), seen, NOW)
