@@ -19,7 +19,7 @@ ALL = targets(ARCHITECTURES)
 @pytest.fixture(scope="session")
 def compiled(request: pytest.FixtureRequest) -> dict[Target, Compiled]:
     """What the selected tests ask for, compiled side by side; what has not changed since the last session is there."""
-    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    here = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
     wanted = [item.callspec.params["target"] for item in here if "target" in item.callspec.params]
     cache = request.config.cache
     assert cache is not None
