@@ -156,7 +156,7 @@ def _twelve() -> Row:
             graph(
                 "12 · Retries",
                 RATE,
-                "Windows sent again: a replica died, its queue was full, or what it had made was lost.",
+                "Windows sent again: a replica died, a call broke off, a queue was full, or a result was lost.",
                 Query(of("whisper:stage_retries:rate5m"), "{{stage}} {{reason}}"),
             ),
             graph(

@@ -21,25 +21,13 @@ from serve_app.engine.checkpoint import load
 from serve_app.metrics import DECLARED
 from serve_app.scaling.readings import CallerReading, Reading, ReplicaReading, decode
 from tests.e2e.replicas import occupancy, pids
+from tests.metrics.boards import OF_GPUS
 from tests.prometheus import Prometheus, prometheus
 
 STAGES = ("features", "encoder", "decoder")
 REQUESTS = 6
 
-WITH_A_GPU = {
-    metric.name
-    for metric in (
-        metrics.SM_OCCUPANCY,
-        metrics.TENSOR_ACTIVITY,
-        metrics.DRAM_UTILIZATION,
-        metrics.DRAM_BANDWIDTH,
-        metrics.GPU_MEMORY_USED,
-        metrics.GPU_MEMORY_TOTAL,
-        metrics.GPU_POWER,
-        metrics.GPU_TEMPERATURE,
-        metrics.STAGE_GPU_SHARE,
-    )
-}
+WITH_A_GPU = {metric.name for metric in OF_GPUS}
 WITH_A_POLICY = {metric.name for metric in (metrics.SCALING_DECISIONS, metrics.SCALING_WANTED, metrics.SCALING_CURRENT)}
 """Metrics of an application without a GPU and with fixed numbers of replicas: all but these."""
 

@@ -13,20 +13,17 @@ from tests.metrics.replayed import in_metrics
 
 GPU, SCALING, CONTROLLER = "GPU", "scaling", "controller"
 
-OF_GPUS = {
-    metric.exported
-    for metric in (
-        metrics.SM_OCCUPANCY,
-        metrics.TENSOR_ACTIVITY,
-        metrics.DRAM_UTILIZATION,
-        metrics.DRAM_BANDWIDTH,
-        metrics.GPU_MEMORY_USED,
-        metrics.GPU_MEMORY_TOTAL,
-        metrics.GPU_POWER,
-        metrics.GPU_TEMPERATURE,
-        metrics.STAGE_GPU_SHARE,
-    )
-}
+OF_GPUS = (
+    metrics.SM_OCCUPANCY,
+    metrics.TENSOR_ACTIVITY,
+    metrics.DRAM_UTILIZATION,
+    metrics.DRAM_BANDWIDTH,
+    metrics.GPU_MEMORY_USED,
+    metrics.GPU_MEMORY_TOTAL,
+    metrics.GPU_POWER,
+    metrics.GPU_TEMPERATURE,
+    metrics.STAGE_GPU_SHARE,
+)
 """Metrics that an application without a GPU does not export."""
 
 VARIABLES = {"$namespace": ".*", "$release": ".*", "$__rate_interval": "15s"}
@@ -63,7 +60,8 @@ def filled(expression: str) -> str:
 def of(expression: str) -> frozenset[str]:
     written_out = in_metrics(expression)
     found = set()
-    if OF_GPUS & set(re.findall(r"ray_whisper_\w+", written_out)) or 'kind!="cpu_busy"' in expression + written_out:
+    gpus = {metric.exported for metric in OF_GPUS}
+    if gpus & set(re.findall(r"ray_whisper_\w+", written_out)) or 'kind!="cpu_busy"' in expression + written_out:
         found.add(GPU)
     if "whisper:scaling_" in expression:
         found.add(SCALING)
