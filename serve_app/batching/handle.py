@@ -160,7 +160,8 @@ class BatchingHandle:
 
     def _on_replicas_changed(self) -> None:
         """On Serve's router's thread."""
-        self._loop.call_soon_threadsafe(self._replicas_changed)
+        if not self._loop.is_closed():  # the router outlives the loop of a handle that was made for a while
+            self._loop.call_soon_threadsafe(self._replicas_changed)
 
     def _replicas_changed(self) -> None:
         live = LIVE_REPLICAS.of(self._key)

@@ -156,7 +156,7 @@ async def test_a_full_queue_refuses_and_the_windows_are_sent_again(small_queue: 
 async def test_a_call_that_breaks_off_is_made_again(breaks_once: Stage) -> None:
     handle = await connect(breaks_once)
     results = await asyncio.gather(*(handle.call(window(0.05)) for _ in range(3)))
-    assert [size for _, size in results] == [1, 1, 1]  # each might have been the reason
+    assert 1 in {size for _, size in results}  # the window that was in it runs alone, as it may have been the reason
 
 
 async def test_calls_that_always_break_off_end_in_an_error(breaks_always: Stage) -> None:
