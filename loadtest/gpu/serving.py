@@ -8,7 +8,7 @@ recordings of just 30 s, of speech, since voice activity lets nothing else pass;
 ``decoder.max_tokens`` ends it there, and the weights never end it before. The engine by itself
 (``loadtest.gpu.engine``, log-mel input that lies on the GPU, no HTTP, no Ray) is measured before, in a process of its
 own. CPU time of the parts is read from /proc; that of voice activity, which runs in the API replicas, is measured
-alone, on one thread.
+alone.
 
 Ends with status 1 where the handle reaches less than 0.9 of the engine's throughput, or windows were other work.
 """
@@ -46,7 +46,7 @@ from loadtest.recording import REPORT_MS, REPORT_VARIABLE, SETTLE_S, Recorder, t
 from loadtest.server import free_port
 from serve_app.audio.decode import AudioDecoder
 from serve_app.audio.pipeline import PORTION_SAMPLES
-from serve_app.audio.vad import SpeechDetector
+from serve_app.audio.vad import TOGETHER, SpeechDetector
 from serve_app.engine.checkpoint import Dims
 from serve_app.running import running
 from serve_app.settings import AudioSettings, Settings
@@ -168,18 +168,20 @@ def cpu_seconds() -> dict[str, float]:
 
 
 def voice_activity_seconds(recordings: Samples) -> float:
-    """CPU seconds of voice activity for an hour of audio, as the product computes it, on one thread alone."""
+    """CPU seconds of voice activity for an hour of audio, as the product computes it where some recordings wait at the
+    same time, one thread to a product."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         detector = SpeechDetector()
-        detector.stream().push(recordings[0])
-        begin = time.thread_time()
-        for recording in recordings:
-            stream = detector.stream()
-            for first in range(0, len(recording), PORTION_SAMPLES):
-                stream.push(recording[first : first + PORTION_SAMPLES])
-        return (time.thread_time() - begin) * 3600 / (recordings.size / clients.RATE)
+        detector.stream().push(recordings[0]).result()
+        begin = time.process_time()
+        for first in range(0, len(recordings), TOGETHER):
+            group = [(detector.stream(), recording) for recording in recordings[first : first + TOGETHER]]
+            for at in range(0, recordings.shape[1], PORTION_SAMPLES):
+                for result in [stream.push(recording[at : at + PORTION_SAMPLES]) for stream, recording in group]:
+                    result.result()
+        return (time.process_time() - begin) * 3600 / (recordings.size / clients.RATE)
     finally:
         torch.set_num_threads(threads)
 

@@ -8,13 +8,14 @@ from contextlib import aclosing
 
 import numpy as np
 
-from serve_app.audio.samples import SAMPLE_RATE, Int16
+from serve_app.audio.samples import FRAME_SAMPLES, Int16
 from serve_app.audio.vad import SpeechDetector
 from serve_app.audio.windows import Window, WindowCutter
 from serve_app.settings import VadSettings
 
-# The network costs twice as much in portions of a second as in portions of five; more than that gains nothing.
-PORTION_SAMPLES = 5 * SAMPLE_RATE
+PORTION_SAMPLES = 157 * FRAME_SAMPLES
+"""Five seconds: the network costs twice as much in portions of one, and longer ones gain nothing. All of one length, so
+that those of different recordings can be computed together; thirty seconds are six."""
 
 
 class Windows:
@@ -27,7 +28,6 @@ class Windows:
 
     def __init__(self, blocks: AsyncGenerator[Int16, None], detector: SpeechDetector, settings: VadSettings):
         self._blocks = blocks
-        self._threads = detector.threads
         self._stream = detector.stream()
         self._cutter = WindowCutter(settings)
         self._iterator = self._iterate()
@@ -45,27 +45,24 @@ class Windows:
         await self._blocks.aclose()
 
     async def _iterate(self) -> AsyncGenerator[Window, None]:
-        loop = asyncio.get_running_loop()
         async with aclosing(self._blocks):
             async for portion in _portions(self._blocks):
-                for window in await loop.run_in_executor(self._threads, self._push, portion):
+                for window in self._cutter.push(portion, await asyncio.wrap_future(self._stream.push(portion))):
                     yield window
-            for window in await loop.run_in_executor(self._threads, self._finish):
+            for window in self._cutter.finish(await asyncio.wrap_future(self._stream.flush())):
                 yield window
-
-    def _push(self, samples: Int16) -> list[Window]:
-        return self._cutter.push(samples, self._stream.push(samples))
-
-    def _finish(self) -> list[Window]:
-        return self._cutter.finish(self._stream.flush())
 
 
 async def _portions(blocks: AsyncIterator[Int16]) -> AsyncIterator[Int16]:
+    """Of ``PORTION_SAMPLES`` each, but for the last."""
     waiting: list[Int16] = []
     async for block in blocks:
         waiting.append(block)
         if sum(map(len, waiting)) >= PORTION_SAMPLES:
-            yield np.concatenate(waiting)
-            waiting = []
-    if waiting:
+            joined = np.concatenate(waiting)
+            whole = len(joined) // PORTION_SAMPLES * PORTION_SAMPLES
+            for first in range(0, whole, PORTION_SAMPLES):
+                yield joined[first : first + PORTION_SAMPLES]
+            waiting = [joined[whole:]]
+    if any(map(len, waiting)):
         yield np.concatenate(waiting)

@@ -3,7 +3,10 @@ from __future__ import annotations
 import importlib.util
 import sys
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 
 from serve_app.audio.recording import decode
 from serve_app.audio.samples import Limits
-from serve_app.audio.vad import SpeechDetector
+from serve_app.audio.vad import THREADS, SpeechDetector
 from serve_app.settings import AudioSettings
 from tests.audio.make import noise, tone
 
@@ -30,7 +33,8 @@ def probabilities(
     detector: SpeechDetector, samples: npt.NDArray[np.int16], portions: int = 1
 ) -> npt.NDArray[np.float32]:
     stream = detector.stream()
-    return np.concatenate([*(stream.push(part) for part in np.array_split(samples, portions)), stream.flush()])
+    parts = [stream.push(part).result() for part in np.array_split(samples, portions)]
+    return np.concatenate([*parts, stream.flush().result()])
 
 
 def as_silero_does(samples: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]:
@@ -92,6 +96,47 @@ def test_streams_do_not_disturb_each_other(detector: SpeechDetector, shared_audi
         thread.join()
     for index, expected in enumerate(alone):
         np.testing.assert_allclose(together[index], expected, atol=1e-6)
+
+
+def test_portions_that_wait_at_the_same_time_are_computed_together(detector: SpeechDetector) -> None:
+    portions = [noise(1), tone(1), noise(1) // 2, tone(1) // 2]
+    alone = [detector.stream().push(portion).result() for portion in portions]
+    started, go_on = threading.Event(), threading.Event()
+    network, sizes = detector._network.forward, []
+
+    def forward(frames: Sequence[torch.Tensor], state: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        sizes.append(len(frames))
+        started.set()
+        assert go_on.wait(60)
+        return network(frames, state)
+
+    detector._network.forward = forward  # type: ignore[method-assign]
+    try:
+        busy = [detector.stream().push(tone(2)), detector.stream().push(tone(3))]  # one for each thread
+        assert started.wait(60)
+        while len(sizes) < THREADS:
+            time.sleep(0.01)
+        streams = [detector.stream() for _ in portions]
+        together = [stream.push(portion) for stream, portion in zip(streams, portions, strict=True)]
+        left, longer = detector.stream().push(noise(1)), detector.stream().push(noise(1.5))
+        assert left.cancel()
+        go_on.set()
+        for expected, result in zip(alone, together, strict=True):
+            np.testing.assert_allclose(result.result(60), expected, atol=1e-6)
+        assert len(longer.result(60)) == 46
+        assert all(len(result.result(60)) for result in busy)
+    finally:
+        go_on.set()
+        del detector._network.forward
+    assert sorted(sizes) == [1, 1, 1, len(portions)]
+
+
+def test_an_error_is_that_of_its_portions_and_the_next_are_computed(detector: SpeechDetector) -> None:
+    stream = detector.stream()
+    stream.state = (torch.zeros(1, 1, 3), torch.zeros(1, 1, 3))
+    with pytest.raises(RuntimeError):
+        stream.push(tone(1)).result(60)
+    assert len(detector.stream().push(tone(1)).result(60)) == 31
 
 
 def test_loading_it_leaves_torchs_threads_alone() -> None:

@@ -61,7 +61,7 @@ def test_every_recording_is_one_window_with_speech() -> None:
     for samples in windows:
         cutter = WindowCutter(VadSettings())
         stream = SpeechDetector().stream()
-        found = [*cutter.push(samples, stream.push(samples)), *cutter.finish(stream.flush())]
+        found = cutter.push(samples, stream.push(samples).result()) + cutter.finish(stream.flush().result())
         assert [len(window.samples) for window in found] == [480_000]
 
 
