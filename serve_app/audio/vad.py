@@ -99,7 +99,7 @@ TOGETHER = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Portion:
+class Portion:
     """samples: int16 [64 + 512 n], those of the frame before and whole frames. result: their probabilities, [n]."""
 
     stream: SpeechStream
@@ -119,12 +119,13 @@ class SpeechDetector:
         self._network.eval()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="voice-activity")
         self._lock = threading.Lock()
-        self._waiting: list[_Portion] = []
+        self._waiting: list[Portion] = []
 
     def stream(self) -> SpeechStream:
         return SpeechStream(self)
 
-    def submit(self, portion: _Portion) -> None:
+    def submit(self, portion: Portion) -> None:
+        """Computes it as soon as there is time; what comes of it is its result."""
         with self._lock:
             self._waiting.append(portion)
         self._threads.submit(self._run)  # as often as there are portions, so that none is left
@@ -142,7 +143,7 @@ class SpeechDetector:
         for portion, result in zip(portions, results, strict=True):
             portion.result.set_result(result)
 
-    def _take(self) -> list[_Portion]:
+    def _take(self) -> list[Portion]:
         """The portion that has waited longest, and others of its length."""
         with self._lock:
             taken = [p for p in self._waiting if len(p.samples) == len(self._waiting[0].samples)][:TOGETHER]
@@ -150,7 +151,7 @@ class SpeechDetector:
         return taken
 
     @torch.inference_mode()
-    def _probabilities(self, portions: Sequence[_Portion]) -> list[Float32]:
+    def _probabilities(self, portions: Sequence[Portion]) -> list[Float32]:
         frames = [
             torch.from_numpy(portion.samples.astype(np.float32) / INT16_SCALE).unfold(
                 0, CONTEXT_SAMPLES + FRAME_SAMPLES, FRAME_SAMPLES
@@ -192,7 +193,7 @@ class SpeechStream:
     def _submit(self, samples: Int16) -> Future[Float32]:
         result: Future[Float32] = Future()
         if len(samples) > CONTEXT_SAMPLES:
-            self._detector.submit(_Portion(self, samples, result))
+            self._detector.submit(Portion(self, samples, result))
         else:
             result.set_result(np.zeros(0, np.float32))
         return result
