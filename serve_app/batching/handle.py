@@ -35,6 +35,9 @@ MAX_ATTEMPTS = 3
 MAX_DEATHS = 2
 """A window that was running on this many replicas as they died is taken to be the reason."""
 
+ATTEMPT = "~"
+"""Between a window's name and how often it was tried before."""
+
 REFUSED_PAUSE_S = 0.2
 """How long a replica that refused windows, or broke off a call, is left alone."""
 DEAD_PAUSE_S = 5.0
@@ -50,6 +53,7 @@ class _Pending:
     attempts: int = 0
     deaths: int = 0
     running: bool = False
+    call: StageCall | None = None  # that it is part of
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +228,8 @@ class BatchingHandle:
     async def _run(self, replica_id: str, batch: list[_Pending]) -> None:
         """One stage call, from sending to its last event."""
         call = StageCall([p.window for p in batch])
+        for pending in batch:
+            pending.call = call
         pause_s = REFUSED_PAUSE_S
         cause: Exception | None = None
         try:
@@ -237,7 +243,7 @@ class BatchingHandle:
             pause_s, cause = DEAD_PAUSE_S, died
         except Exception as other:  # a window's own error comes as an event; whatever else ends a call is the call's
             cause = other
-        again = self._unanswered(replica_id, batch)
+        again = self._unanswered(replica_id, [p for p in batch if p.call is call])  # not those that were refused
         if again or cause is not None:
             self._retry(replica_id, again, cause, pause_s)
         self._dispatch()
@@ -275,6 +281,7 @@ class BatchingHandle:
                     if pending is not None and not pending.result.done():
                         metrics.STAGE_RETRIES.add(stage=self._stage, reason="refused")
                         pending.attempts -= 1  # it was not tried
+                        pending.call = None
                         self._waiting.append(pending)
 
     def _retry(self, replica_id: str, again: list[_Pending], cause: Exception | None, pause_s: float) -> None:
@@ -290,6 +297,9 @@ class BatchingHandle:
             if pending.running or not pending.window.alone:
                 pending.deaths += 1
                 pending.window = replace(pending.window, alone=True)
+            # a replica that lives may still hold it, and answer or cancel it late: that must not meet the next attempt
+            name = pending.window.window_id.partition(ATTEMPT)[0]
+            pending.window = replace(pending.window, window_id=f"{name}{ATTEMPT}{pending.attempts}")
             if pending.deaths >= MAX_DEATHS or pending.attempts >= MAX_ATTEMPTS:
                 logger.error(
                     "window %s given up: %d attempts at the %s stage, running during %d deaths",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
@@ -32,9 +33,15 @@ class ObedientStage(BatchStage):
     async def process(self, call: StageCall, *, replica: str | None = None) -> AsyncIterator[list[Event]]:
         if self._breaks > 0:
             self._breaks -= 1
+            self._late = asyncio.create_task(self._cancel_late([window.window_id for window in call.windows]))
             raise RuntimeError("the call breaks off")
         async for events in super().process(call, replica=replica):
             yield events
+
+    async def _cancel_late(self, window_ids: list[str]) -> None:
+        """As where a replica hears late that a call's connection is gone."""
+        await asyncio.sleep(0.5)
+        await self.cancel(window_ids)
 
     def _batch(self, inputs: list[Input]) -> torch.Tensor:
         orders = [float(array[0]) for array in inputs]

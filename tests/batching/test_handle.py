@@ -147,16 +147,26 @@ async def test_an_error_of_the_stage_is_its_windows_error_and_the_replica_goes_o
     assert await handle.call(window(0.0))
 
 
-async def test_a_full_queue_refuses_and_the_windows_are_sent_again(small_queue: Stage) -> None:
+async def test_a_full_queue_refuses_and_the_windows_are_sent_again(
+    small_queue: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
     handle = await connect(small_queue)
-    results = await asyncio.gather(*(handle.call(window(0.05)) for _ in range(8)))
+    # some calls end while what they were refused is under way in others
+    with caplog.at_level("WARNING", logger="serve_app.batching.handle"):
+        results = await asyncio.gather(*(handle.call(window(0.3)) for _ in range(8)))
     assert len(results) == 8
+    assert "undone" not in caplog.text
 
 
 async def test_a_call_that_breaks_off_is_made_again(breaks_once: Stage) -> None:
     handle = await connect(breaks_once)
     results = await asyncio.gather(*(handle.call(window(0.05)) for _ in range(3)))
     assert 1 in {size for _, size in results}  # the window that was in it runs alone, as it may have been the reason
+
+
+async def test_a_late_end_of_a_broken_call_does_not_meet_the_next(breaks_once: Stage) -> None:
+    handle = await connect(breaks_once)
+    assert (await handle.call(window(1.0)))[1] == 1  # it runs when the first attempt is cancelled
 
 
 async def test_calls_that_always_break_off_end_in_an_error(breaks_always: Stage) -> None:
