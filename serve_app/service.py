@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 import time
 import uuid
@@ -36,6 +37,8 @@ from serve_app.stages.decoder import ModelInfo
 from serve_app.stages.observed import replica_name
 from serve_app.stages.ring import RingDescriptor
 from serve_app.stages.transport import Descriptor, export_samples
+
+logger = logging.getLogger(__name__)
 
 INPUT_LOSSES = 3
 """How often a window is taken through the stages again because a replica died with what it had made."""
@@ -227,7 +230,8 @@ class _Recording:
         for _ in range(INPUT_LOSSES):
             try:
                 return await self._through_stages(window, prompt)
-            except InputLost:
+            except InputLost as lost:
+                logger.warning("a window at %.1f s begins again: %s", window.start, lost)
                 metrics.STAGE_RETRIES.add(stage="features", reason="input_lost")  # where the window begins again
         raise TranscriptionFailed("replicas died again and again while part of the recording was transcribed")
 

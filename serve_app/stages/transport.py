@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,10 +55,17 @@ def export_samples(samples: Array) -> StoredDescriptor:
     return StoredDescriptor(ray.put(samples))
 
 
+KEPT_S = 10.0
+"""How long a producer keeps what it put into the object store, whoever else does. NOTES: that a caller holds a
+reference which came in a stream reaches the owner late; until then the producer's may be the only one it knows of, and
+an object without references is gone, or is waited for without end."""
+
+
 class Exporter:
     """The producer's side, for results of one shape. ring_windows: slots of its ring, where it is on a GPU."""
 
     def __init__(self, device: torch.device, ring_windows: int):
+        self._kept: deque[tuple[float, StoredDescriptor]] = deque()
         self._device, self._ring_windows = device, ring_windows
         self._gpu = gpu_of(device)
         self._ring: Ring | None = None
@@ -72,7 +81,14 @@ class Exporter:
             descriptor = self._ring.put(tensor, patience_s=RING_PATIENCE_S)
             if descriptor is not None:
                 return descriptor
-        return export(tensor)
+        return self._keep(export(tensor))
+
+    def _keep(self, descriptor: StoredDescriptor) -> StoredDescriptor:
+        now = time.monotonic()
+        while self._kept and now - self._kept[0][0] > KEPT_S:
+            self._kept.popleft()
+        self._kept.append((now, descriptor))
+        return descriptor
 
 
 class Receiver:
