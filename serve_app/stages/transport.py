@@ -56,9 +56,12 @@ def export_samples(samples: Array) -> StoredDescriptor:
 
 
 KEPT_S = 10.0
-"""How long a producer keeps what it put into the object store, whoever else does. NOTES: that a caller holds a
-reference which came in a stream reaches the owner late; until then the producer's may be the only one it knows of, and
-an object without references is gone, or is waited for without end."""
+"""How long a producer keeps what it put into the object store, at the least.
+
+NOTES: a caller's hold on a reference that came inside a streamed item may never reach the owner
+(https://github.com/ray-project/ray/issues/58080); then the producer's own is the only one, and without it the object is
+gone. What waits for longer, in an overload, can still be lost: its window begins again.
+"""
 
 
 class Exporter:

@@ -3,8 +3,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 import threading
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,34 +99,27 @@ def test_streams_do_not_disturb_each_other(detector: SpeechDetector, shared_audi
 def test_portions_that_wait_at_the_same_time_are_computed_together(detector: SpeechDetector) -> None:
     portions = [noise(1), tone(1), noise(1) // 2, tone(1) // 2]
     alone = [detector.stream().push(portion).result() for portion in portions]
-    started, go_on = threading.Event(), threading.Event()
-    network, sizes = detector._network.forward, []
+    started, go_on, sizes = threading.Semaphore(0), threading.Event(), []
 
-    def forward(frames: Sequence[torch.Tensor], state: tuple[torch.Tensor, torch.Tensor]) -> Any:
-        sizes.append(len(frames))
-        started.set()
+    def before(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        sizes.append(len(arguments[0]))
+        started.release()
         assert go_on.wait(60)
-        return network(frames, state)
 
-    detector._network.forward = forward  # type: ignore[method-assign]
-    try:
-        busy = [detector.stream().push(tone(2)), detector.stream().push(tone(3))]  # one for each thread
-        assert started.wait(60)
-        while len(sizes) < THREADS:
-            time.sleep(0.01)
-        streams = [detector.stream() for _ in portions]
-        together = [stream.push(portion) for stream, portion in zip(streams, portions, strict=True)]
-        left, longer = detector.stream().push(noise(1)), detector.stream().push(noise(1.5))
-        assert left.cancel()
-        go_on.set()
+    with detector._network.register_forward_pre_hook(before):
+        busy = [detector.stream().push(tone(2 + i)) for i in range(THREADS)]
+        try:
+            assert all(started.acquire(timeout=60) for _ in busy)
+            together = [detector.stream().push(portion) for portion in portions]
+            left, longer = detector.stream().push(noise(1)), detector.stream().push(noise(1.5))
+            assert left.cancel()
+        finally:
+            go_on.set()
         for expected, result in zip(alone, together, strict=True):
             np.testing.assert_allclose(result.result(60), expected, atol=1e-6)
         assert len(longer.result(60)) == 46
         assert all(len(result.result(60)) for result in busy)
-    finally:
-        go_on.set()
-        del detector._network.forward
-    assert sorted(sizes) == [1, 1, 1, len(portions)]
+    assert sorted(sizes) == [1] * (THREADS + 1) + [len(portions)]
 
 
 def test_an_error_is_that_of_its_portions_and_the_next_are_computed(detector: SpeechDetector) -> None:
