@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from serve_app.stages.transport import Exporter, StoredDescriptor
 
 def test_a_producer_keeps_what_it_has_just_exported(ray_cluster: int, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.monotonic()
-    monkeypatch.setattr(transport.time, "monotonic", lambda: now)
+    monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=lambda: now))
     export = Exporter(torch.device("cpu"), ring_windows=0)
 
     def exported(count: int) -> list[Any]:
