@@ -64,6 +64,10 @@ gone. What waits for longer, in an overload, can still be lost: its window begin
 """
 
 
+PATIENCE_S = 30.0
+"""How long a consumer waits for an input: for one whose owner is unsure of it, Ray waits for ever."""
+
+
 class Exporter:
     """The producer's side, for results of one shape. ring_windows: slots of its ring, where it is on a GPU."""
 
@@ -106,8 +110,10 @@ class Receiver:
     async def __call__(self, descriptors: Sequence[Descriptor]) -> list[Input | InputLost]:
         """Fetches what the descriptors name, or says InputLost in its place."""
         in_rings = [d for d in descriptors if isinstance(d, RingDescriptor)]
-        copied = iter(await asyncio.get_running_loop().run_in_executor(self._thread, self._read, in_rings))
-        return [next(copied) if isinstance(d, RingDescriptor) else await _fetch(d) for d in descriptors]
+        stored = [_fetch(d) for d in descriptors if isinstance(d, StoredDescriptor)]
+        reading = asyncio.get_running_loop().run_in_executor(self._thread, self._read, in_rings)
+        copied, fetched = (iter(inputs) for inputs in await asyncio.gather(reading, asyncio.gather(*stored)))
+        return [next(copied if isinstance(d, RingDescriptor) else fetched) for d in descriptors]
 
     def _read(self, descriptors: Sequence[RingDescriptor]) -> list[Tensor | InputLost]:
         if not descriptors:
@@ -119,10 +125,13 @@ class Receiver:
 
 async def _fetch(descriptor: StoredDescriptor) -> Array | InputLost:
     try:
-        array: Array = await descriptor.ref
+        async with asyncio.timeout(PATIENCE_S):
+            array: Array = await descriptor.ref
         return array
     except ray.exceptions.ObjectLostError as lost:
         return InputLost(str(lost))
+    except TimeoutError:
+        return InputLost(f"the input has not come within {PATIENCE_S:g} s")
 
 
 def received_tensor(received: Input) -> Tensor:

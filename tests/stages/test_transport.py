@@ -1,16 +1,19 @@
-"""Results in the object store outlive the moment in which only their producer knows of them."""
+"""Results in the object store outlive the moment when only their producer knows of them; what stays away is lost."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 
+from serve_app.batching.messages import InputLost
 from serve_app.stages import transport
-from serve_app.stages.transport import Exporter, StoredDescriptor
+from serve_app.stages.transport import Exporter, Receiver, StoredDescriptor, export
 
 
 def test_a_producer_keeps_what_it_has_just_exported(ray_cluster: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,3 +33,23 @@ def test_a_producer_keeps_what_it_has_just_exported(ray_cluster: int, monkeypatc
     now += transport.KEPT_S * 0.75
     (fourth,) = exported(1)
     assert [descriptor for _, descriptor in export._kept] == [third, fourth]
+
+
+def test_an_input_that_does_not_come_is_lost(ray_cluster: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "PATIENCE_S", 0.3)
+
+    @ray.remote(num_cpus=0)
+    def never() -> None:
+        time.sleep(60)
+
+    pending = never.remote()
+    here = export(torch.ones(3))
+    try:
+        began = time.monotonic()
+        inputs = asyncio.run(
+            Receiver(torch.device("cpu"))([StoredDescriptor(pending), here, StoredDescriptor(pending)])
+        )
+        assert time.monotonic() - began < 5  # they are waited for together
+    finally:
+        ray.cancel(pending, force=True)
+    assert [isinstance(each, InputLost) for each in inputs] == [True, False, True]
