@@ -72,6 +72,7 @@ class _Replica:
 
     holds: dict[str, _Pending] = field(default_factory=dict)
     closed_until: float = 0.0
+    asked: bool = False
     gpu: str | None = None
 
 
@@ -93,8 +94,10 @@ class BatchingHandle:
         self._tasks: set[asyncio.Task[None]] = set()
         self._to_cancel: defaultdict[str, list[str]] = defaultdict(list)
         self._loop = asyncio.get_running_loop()
-        # the handles above share one router, which hears of replicas from now on
         LIVE_REPLICAS.listen(self._key, self._on_replicas_changed)
+        # the handles above share one router, with each other and with whoever has called the stage before: it may have
+        # heard of the replicas already
+        self._loop.call_soon(self._replicas_changed)
 
     @property
     def ready(self) -> bool:
@@ -171,12 +174,14 @@ class BatchingHandle:
         live = LIVE_REPLICAS.of(self._key)
         for gone in [r for r, replica in self._replicas.items() if r not in live and not replica.holds]:
             del self._replicas[gone]
-        for new in live - self._replicas.keys():
-            self._spawn(self._ask_gpu(new))
+        for replica_id in live:
+            replica = self._replicas[replica_id]
+            if not replica.asked:
+                replica.asked = True
+                self._spawn(self._ask_gpu(replica_id, replica))
         self._dispatch()
 
-    async def _ask_gpu(self, replica_id: str) -> None:
-        replica = self._replicas[replica_id]
+    async def _ask_gpu(self, replica_id: str, replica: _Replica) -> None:
         try:
             replica.gpu = await self._gpu.remote(replica=replica_id)
         except Exception:

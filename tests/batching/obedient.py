@@ -43,6 +43,9 @@ class ObedientStage(BatchStage):
         await asyncio.sleep(0.5)
         await self.cancel(window_ids)
 
+    async def gpu(self, *, replica: str | None = None) -> str | None:
+        return "GPU-of-this-test"
+
     def _batch(self, inputs: list[Input]) -> torch.Tensor:
         orders = [float(array[0]) for array in inputs]
         if -1.0 in orders:

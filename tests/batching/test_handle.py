@@ -91,6 +91,14 @@ async def test_windows_that_come_while_the_stage_is_busy_run_as_one_batch(stage:
     assert [size for _, size in rest] == [4, 4, 4, 4]
 
 
+async def test_gpus_of_replicas_that_others_have_called_before_are_known(stage: Stage) -> None:
+    await stage.options(method_name="occupancy").remote()
+    handle = await connect(stage)
+    async with asyncio.timeout(10):
+        while handle.gpus != {"GPU-of-this-test"}:
+            await asyncio.sleep(0.02)
+
+
 async def test_windows_beyond_the_credit_wait_at_the_caller_and_all_are_done(stage: Stage) -> None:
     handle = await connect(stage, credit=3)
     calls = [asyncio.create_task(handle.call(window(0.05))) for _ in range(12)]
