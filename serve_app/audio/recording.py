@@ -19,7 +19,7 @@ from av.audio.fifo import AudioFifo
 from av.stream import Discard
 
 from serve_app.audio import containers
-from serve_app.audio.samples import Int16, Limits, Resampler, to_mono
+from serve_app.audio.samples import Int16, Limits, Resampler
 from serve_app.errors import AudioTooLarge, InvalidAudio
 
 # Prints nothing, but has exceptions carry FFmpeg's last words.
@@ -121,6 +121,8 @@ def _open(source: Input) -> Any:
                 "protocol_whitelist": "none",
                 # Looking for DTS hidden in WAV would cost more than decoding a short clip.
                 "max_probe_packets": "1",
+                # Of WAV's packets, bytes: each costs a trip through Python, and by default they are 64 ms of speech.
+                "max_size": "32768",
             },
             metadata_errors="ignore",
             buffer_size=READ_BYTES,
@@ -160,7 +162,7 @@ def _decode(container: Any, limits: Limits) -> Iterator[Int16]:
     decoded = False
     for frame in _second_by_second(_within(limits, _frames(container, stream))):
         decoded = True
-        yield from resampler.push(to_mono(_channels(frame)), frame.sample_rate)
+        yield from resampler.push(_channels(frame), frame.sample_rate)
     if not decoded:
         raise InvalidAudio(f"The file ({title}) holds no audio that can be decoded; it is empty or damaged.")
     yield from resampler.finish()

@@ -83,19 +83,23 @@ def to_mono(samples: npt.NDArray[Any]) -> Float32:
 
 
 class Resampler:
-    """A stream of mono samples at any rate → blocks at 16 kHz. The rate may change on the way, as it does in chained
-    Ogg. At 16 kHz int16 samples pass unchanged, bit for bit."""
+    """A stream of samples at any rate → blocks of one channel at 16 kHz. The rate may change on the way, as it does in
+    chained Ogg. One channel of int16 at 16 kHz passes as it is."""
 
     def __init__(self) -> None:
         self._rate = SAMPLE_RATE
         self._stream: soxr.ResampleStream | None = None
 
-    def push(self, mono: Float32, rate: int) -> Iterator[Int16]:
-        """Takes float32 [n] at ``rate`` Hz, yields int16 [at most about 16000]."""
+    def push(self, samples: npt.NDArray[Any], rate: int) -> Iterator[Int16]:
+        """Takes [channels, n] at ``rate`` Hz, of a type that ``to_mono`` takes, yields int16 [at most about 16000]."""
         if rate != self._rate:
             yield from self.finish()
             self._rate = rate
             self._stream = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
+        if self._stream is None and len(samples) == 1 and samples.dtype == np.int16:
+            yield from (samples[0, start : start + rate] for start in range(0, samples.shape[1], rate))
+            return
+        mono = to_mono(samples)
         for start in range(0, len(mono), rate):
             part = mono[start : start + rate]
             yield from _quantised(part if self._stream is None else self._stream.resample_chunk(part))
@@ -149,7 +153,7 @@ async def _pcm_blocks(frames: npt.NDArray[Any], rate: int) -> AsyncGenerator[Int
                 raise InvalidRequest("samples contain NaN or infinity")
             if peak > MAX_FLOAT_PEAK:
                 raise InvalidRequest(f"float samples must lie in [-1, 1]; found {peak:g}")
-        blocks = list(resampler.push(to_mono(part.T), rate))
+        blocks = list(resampler.push(part.T, rate))
         if start + seconds * rate >= len(frames):
             blocks += resampler.finish()
         return blocks

@@ -23,7 +23,7 @@ async def collect(samples: npt.NDArray[Any], rate: int, settings: AudioSettings 
 def resample(mono: npt.NDArray[np.float32], rate: int, portions: int) -> npt.NDArray[np.int16]:
     resampler = Resampler()
     parts = np.array_split(mono, portions)
-    blocks = [block for part in parts for block in resampler.push(part, rate)]
+    blocks = [block for part in parts for block in resampler.push(part[None], rate)]
     return np.concatenate([*blocks, *resampler.finish(), np.zeros(0, np.int16)])
 
 
@@ -70,7 +70,10 @@ def test_how_a_recording_is_portioned_changes_nothing(rate: int, length: int, po
 
 def test_the_rate_may_change_on_the_way() -> None:
     resampler = Resampler()
-    blocks = [*resampler.push(np.ones(8000, np.float32), 8000), *resampler.push(np.ones(48_000, np.float32), 48_000)]
+    blocks = [
+        *resampler.push(np.ones((1, 8000), np.float32), 8000),
+        *resampler.push(np.ones((1, 48_000), np.float32), 48_000),
+    ]
     assert sum(map(len, [*blocks, *resampler.finish()])) == 32_000
 
 

@@ -73,10 +73,12 @@ def test_how_a_recording_is_portioned_changes_nothing(length: int, portions: int
     samples = tone(2.5)[:length] // 2 + noise(2.5)[:length] // 16
     whole = probabilities(DETECTOR, samples)
     assert len(whole) == -(-length // 512)
-    np.testing.assert_allclose(probabilities(DETECTOR, samples, portions), whole, atol=1e-5)
+    np.testing.assert_allclose(probabilities(DETECTOR, samples, portions), whole, atol=ROUNDING)
 
 
 DETECTOR = SpeechDetector()
+ROUNDING = 1e-5
+"""Products of other sizes add up in another order: up to 1.2e-6 of a probability was seen in 150 runs."""
 
 
 def test_streams_do_not_disturb_each_other(detector: SpeechDetector, shared_audio: Path) -> None:
@@ -93,7 +95,7 @@ def test_streams_do_not_disturb_each_other(detector: SpeechDetector, shared_audi
     for thread in threads:
         thread.join()
     for index, expected in enumerate(alone):
-        np.testing.assert_allclose(together[index], expected, atol=1e-6)
+        np.testing.assert_allclose(together[index], expected, atol=ROUNDING)
 
 
 def test_portions_that_wait_at_the_same_time_are_computed_together(detector: SpeechDetector) -> None:
@@ -116,7 +118,7 @@ def test_portions_that_wait_at_the_same_time_are_computed_together(detector: Spe
         finally:
             go_on.set()
         for expected, result in zip(alone, together, strict=True):
-            np.testing.assert_allclose(result.result(60), expected, atol=1e-6)
+            np.testing.assert_allclose(result.result(60), expected, atol=ROUNDING)
         assert len(longer.result(60)) == 46
         assert all(len(result.result(60)) for result in busy)
     assert sorted(sizes) == [1] * (THREADS + 1) + [len(portions)]
