@@ -32,46 +32,60 @@ class OutOfShare(RuntimeError):
     """A stage does not fit its share of a GPU's memory; the message says what would."""
 
 
-def decoder_bytes(dims: Dims, number: int) -> int:
-    """Of the decoder without slots: context, weights."""
+def decoder_bytes(dims: Dims, number: int, queued: int) -> int:
+    """Of the decoder without slots: context, weights, and the states of as many windows as its queue holds, which have
+    come over the GPU's memory."""
     d = dims.n_text_state
     ready = dims.n_text_layer * 2 * FEW * dims.n_audio_ctx * d  # keys and values of windows decoded alone
-    return CONTEXT_BYTES + number * (dims.n_text_layer * 16 * d * d + (dims.n_vocab + dims.n_text_ctx) * d + ready)
+    weights = dims.n_text_layer * 16 * d * d + (dims.n_vocab + dims.n_text_ctx) * d
+    return CONTEXT_BYTES + number * (weights + ready) + queued * state_bytes(dims, number)
+
+
+def state_bytes(dims: Dims, number: int) -> int:
+    """Of a window's encoder state."""
+    return dims.n_audio_ctx * dims.n_audio_state * number
+
+
+def features_of_window_bytes(dims: Dims, number: int) -> int:
+    """Of a window's log-mel features."""
+    return dims.n_mels * 2 * dims.n_audio_ctx * number
 
 
 def slot_bytes(dims: Dims, number: int) -> int:
-    """Of one slot: self-attention cache, encoder state, a state that waits for a slot, logits."""
+    """Of one slot: self-attention cache, encoder state, one that is on its way into the slot, logits."""
     cache = dims.n_text_layer * 2 * dims.n_text_ctx * dims.n_text_state * number
-    state = dims.n_audio_ctx * dims.n_audio_state * number
-    return cache + 2 * state + 2 * dims.n_vocab * 4
+    return cache + 2 * state_bytes(dims, number) + 2 * dims.n_vocab * 4
 
 
-def plan_slots(dims: Dims, number: int, share_bytes: int, wanted: int | None = None) -> int:
+def plan_slots(dims: Dims, number: int, share_bytes: int, queued: int, wanted: int | None = None) -> int:
     """How many slots a decoder has in its share: those wanted, or as many as fit. OutOfShare where they do not fit."""
-    fixed, each = decoder_bytes(dims, number), slot_bytes(dims, number)
+    fixed, each = decoder_bytes(dims, number, queued), slot_bytes(dims, number)
     fit = (share_bytes - fixed) // each
     if fit < (wanted or 1):
         need = fixed + (wanted or 1) * each
         raise OutOfShare(
             f"a decoder with {wanted or 1} slots needs {need / GiB:.1f} GiB of GPU memory, its share is "
-            f"{share_bytes / GiB:.1f} GiB: raise decoder.num_gpus or decoder.memory_gib, or lower decoder.slots"
+            f"{share_bytes / GiB:.1f} GiB: raise decoder.num_gpus or decoder.memory_gib, or lower decoder.slots or "
+            "decoder.max_queued_windows"
         )
     return wanted or min(fit, MOST_SLOTS)
 
 
-def encoder_bytes(dims: Dims, number: int, windows: int, ring_windows: int) -> int:
-    """Of an encoder with batches of so many windows, and so many states waiting in its ring."""
+def encoder_bytes(dims: Dims, number: int, windows: int, ring_windows: int, queued: int) -> int:
+    """Of an encoder with batches of so many windows, so many states waiting in its ring, and the features of as many
+    windows as its queue holds."""
     d = dims.n_audio_state
     weights = number * (dims.n_audio_layer * 12 * d * d + 3 * d * d + 3 * dims.n_mels * d)
     # of each position: the residual stream in float32; and its normalised form, queries, keys and values, attention's
     # result, the perceptron's inside, the second convolution's input, the encoder's result with a copy of it
     activations = windows * dims.n_audio_ctx * d * (4 + number * (1 + 3 + 1 + 4 + 2 + 2))
-    return CONTEXT_BYTES + weights + activations + ring_windows * dims.n_audio_ctx * d * number
+    waiting = ring_windows * state_bytes(dims, number) + queued * features_of_window_bytes(dims, number)
+    return CONTEXT_BYTES + weights + activations + waiting
 
 
 def features_bytes(dims: Dims, number: int, windows: int, ring_windows: int) -> int:
     """Of a feature stage with batches of so many windows."""
-    return CONTEXT_BYTES + (windows + ring_windows) * dims.n_mels * 2 * dims.n_audio_ctx * number
+    return CONTEXT_BYTES + (windows + ring_windows) * features_of_window_bytes(dims, number)
 
 
 def share_of(device: torch.device, num_gpus: float, memory_gib: float | None) -> int:

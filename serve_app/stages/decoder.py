@@ -62,8 +62,9 @@ class DecoderStage(StageReplica):
             return known(stage.slots)
         share = memory.share_of(compute.device, known(stage.num_gpus), stage.memory_gib)
         number = compute.dtype.itemsize
-        slots = memory.plan_slots(dims, number, share, stage.slots)
-        need = memory.decoder_bytes(dims, number) + slots * memory.slot_bytes(dims, number)
+        queued = stage.max_queued_windows
+        slots = memory.plan_slots(dims, number, share, queued, stage.slots)
+        need = memory.decoder_bytes(dims, number, queued) + slots * memory.slot_bytes(dims, number)
         memory.take_share(compute.device, share, need, what="the decoder")
         return slots
 

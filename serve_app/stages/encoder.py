@@ -31,7 +31,9 @@ class EncoderStage(BatchStage):
         self.operations = work.encoder_operations(checkpoint.dims)
         if compute.device.type == "cuda":
             share = memory.share_of(compute.device, known(stage.num_gpus), stage.memory_gib)
-            need = memory.encoder_bytes(checkpoint.dims, compute.dtype.itemsize, windows, stage.ring_windows)
+            need = memory.encoder_bytes(
+                checkpoint.dims, compute.dtype.itemsize, windows, stage.ring_windows, stage.max_queued_windows
+            )
             memory.take_share(compute.device, share, need, what=f"an encoder with batches of {windows} windows")
         self.export = Exporter(compute.device, stage.ring_windows)
         self._encoder = Encoder(checkpoint, compute)

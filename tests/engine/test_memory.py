@@ -20,31 +20,32 @@ LARGE = Dims(128, 1500, 1280, 20, 32, 51866, 448, 1280, 20, 32)
 BASE = Dims(80, 1500, 512, 8, 6, 51865, 448, 512, 8, 6)
 
 
-@given(share_gib=st.floats(0.1, 200), dims=st.sampled_from([LARGE, BASE]))
-def test_planned_slots_fit_and_one_more_would_not(share_gib: float, dims: Dims) -> None:
-    share = int(share_gib * GiB)
+@given(share_gib=st.floats(0.1, 200), dims=st.sampled_from([LARGE, BASE]), queued=st.integers(1, 2000))
+def test_planned_slots_fit_and_one_more_would_not(share_gib: float, dims: Dims, queued: int) -> None:
+    share, fixed, each = int(share_gib * GiB), decoder_bytes(dims, 2, queued), slot_bytes(dims, 2)
+    assert fixed > decoder_bytes(dims, 2, 0) + queued * 1500 * dims.n_audio_state  # what waits lies there too
     try:
-        slots = plan_slots(dims, 2, share)
+        slots = plan_slots(dims, 2, share, queued)
     except OutOfShare:
-        assert decoder_bytes(dims, 2) + slot_bytes(dims, 2) > share
+        assert fixed + each > share
         return
-    assert decoder_bytes(dims, 2) + slots * slot_bytes(dims, 2) <= share
-    assert slots == MOST_SLOTS or decoder_bytes(dims, 2) + (slots + 1) * slot_bytes(dims, 2) > share
+    assert fixed + slots * each <= share
+    assert slots == MOST_SLOTS or fixed + (slots + 1) * each > share
 
 
 def test_half_of_an_80_gb_card_holds_256_slots_of_large_v3() -> None:
-    assert plan_slots(LARGE, 2, 40 * GiB) == 256
+    assert plan_slots(LARGE, 2, 40 * GiB, 256) == 256
 
 
 def test_wanted_slots_are_had_or_refused_with_what_they_need() -> None:
-    assert plan_slots(LARGE, 2, 40 * GiB, 64) == 64
+    assert plan_slots(LARGE, 2, 40 * GiB, 256, 64) == 64
     with pytest.raises(OutOfShare, match=r"a decoder with 256 slots needs 2\d\.\d GiB .*, its share is 10\.0 GiB"):
-        plan_slots(LARGE, 2, 10 * GiB, 256)
+        plan_slots(LARGE, 2, 10 * GiB, 256, 256)
     with pytest.raises(OutOfShare, match="a decoder with 1 slots needs"):
-        plan_slots(LARGE, 2, 1 * GiB)
+        plan_slots(LARGE, 2, 1 * GiB, 256)
 
 
 def test_the_other_stages_fit_their_default_shares_of_an_80_gb_card() -> None:
-    assert encoder_bytes(LARGE, 2, 16, 64) < 0.4 * 79 * GiB
+    assert encoder_bytes(LARGE, 2, 16, 64, 256) < 0.4 * 79 * GiB
     assert features_bytes(LARGE, 2, 16, 64) < 0.1 * 79 * GiB
-    assert encoder_bytes(LARGE, 2, 32, 64) > encoder_bytes(LARGE, 2, 16, 64)
+    assert encoder_bytes(LARGE, 2, 32, 64, 256) > encoder_bytes(LARGE, 2, 16, 64, 256)
