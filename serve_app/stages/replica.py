@@ -75,6 +75,9 @@ class StageReplica(ABC):
     stage: str
     """Its name in metrics."""
 
+    fills_gpu = True
+    """Does its work keep a GPU busy? Then it takes turns with the GPU's other stages."""
+
     budget: float
     """What a batch may cost now, in the unit of the windows' cost."""
 
@@ -92,9 +95,10 @@ class StageReplica(ABC):
         self.meter = StageMeter(on_gpu=device.type == "cuda")
         self._observer: StageObserver | None = None
         # for the engine's thread
-        self._turns = None if self._gpu is None else GpuTurns(self._gpu)
+        self._turns = GpuTurns(self._gpu) if self._gpu is not None and self.fills_gpu else None
         # One thread runs the engine, so that its work is ordered; the event loop stays free for calls.
         self._engine = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine")
+        sys.setswitchinterval(ENGINE_WAITS_S)
 
     @abstractmethod
     async def _work(self) -> None:
