@@ -26,6 +26,10 @@ from serve_app.stages.turns import gives_way
 
 WARM_UP_STEPS = 64
 
+STINT_S = 0.005
+"""So long the engine steps by itself: windows that have ended, and those that come, wait for it. Handing each step over
+between its thread and the event loop takes a small model's GPU longer than the step."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -80,14 +84,14 @@ class DecoderStage(StageReplica):
             try:
                 await self._admit()
                 active = self._slots.active
-                finished = await self._run(self._step)
+                finished, steps = await self._run(self._stint)
             except Exception as error:
                 logger.exception("decoding failed with %d windows in their slots", self._slots.active)
                 for entry in list(self._running.values()):
                     self._fail(entry, error)
                 continue  # the next step frees their slots
             now = time.time()
-            self.feedback.ran(active, now - began)
+            self.feedback.ran(active, (now - began) / max(1, steps))
             for window_id, result in finished:
                 if window_id in self._running:
                     entry = self._running[window_id]
@@ -95,18 +99,26 @@ class DecoderStage(StageReplica):
                     self._done(entry, result, tokens=len(result.tokens))
             self._adjust()
 
-    def _step(self) -> list[tuple[str, DecodedWindow]]:
-        """Frees the slots of windows that nobody waits for any more, and advances the others."""
+    def _stint(self) -> tuple[list[tuple[str, DecodedWindow]], int]:
+        """Frees the slots of windows that nobody waits for any more, and advances the others, for a while: what has
+        ended, and the number of steps."""
         self._slots.cancel(self._slots.window_ids - self._running.keys())
-        active = self._slots.active
-        if not active:
-            return self._slots.step()
+        if not self._slots.active:
+            return self._slots.step(), 0
         if self._turns is not None:
             self._turns.take()
+        finished: list[tuple[str, DecodedWindow]] = []
+        steps, ends = 0, time.monotonic() + STINT_S
         with self.meter.running():
-            finished = self._slots.step()
-        self.meter.batch(active, active / self._info.slots, active * self._operations)
-        return finished + self._leave_gpu() if self._gives_way() else finished
+            while (active := self._slots.active) and time.monotonic() < ends:
+                finished += self._slots.step()
+                self.meter.batch(active, active / self._info.slots, active * self._operations)
+                steps += 1
+                if self._gives_way():
+                    break
+        if self._gives_way():
+            finished += self._leave_gpu()
+        return finished, steps
 
     def _gives_way(self) -> bool:
         turns = self._turns

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import logging
 import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
@@ -46,6 +47,10 @@ T = TypeVar("T")
 NOTICE_S = 0.05
 """How long a window that runs alone waits between the notice to its caller and its start: should it end this process,
 the caller knows that it was running."""
+
+ENGINE_WAITS_S = 0.0001
+"""How long the engine's thread, back from torch, waits for the interpreter where calls keep it busy: Python's own 5 ms
+are several steps of a small model, in which the GPU has nothing to do."""
 
 
 @dataclass(eq=False, slots=True)
