@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,15 +58,17 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """The slots' states after a step, once they have arrived on the host, and whose they are: slot and attempt."""
+    """The slots' states after a step, by row, once they have arrived on the host, and whose they are: slots in their
+    rows then, and their attempts."""
 
-    slots: list[tuple[_Slot, int]]
-    states: Tensor
+    slots: list[tuple[int, _Slot, int]]
+    states: np.ndarray[Any, Any]
     arrived: torch.cuda.Event | None
 
 
 class SlotDecoder:
-    """Decodes up to ``slots`` windows at once. Occupied slots are always 0..n-1, so that a step is dense."""
+    """Decodes up to ``slots`` windows at once. A step works on the rows up to the last occupied one. A row that comes
+    free is the next window's; where none comes, and a smaller step would do, the last rows move down."""
 
     @torch.inference_mode()
     def __init__(self, checkpoint: Checkpoint, compute: Compute, slots: int, rules: Rules | None = None):
@@ -76,14 +79,17 @@ class SlotDecoder:
         self._choose = NextToken(rules or rules_of(vocabulary, checkpoint.dims), compute.device, slots)
         self.states = idle_states(slots, compute.device)
         self._languages = {token: code for code, token in vocabulary.languages.items()}
-        self._slots: list[_Slot] = []
+        self._rows: list[_Slot | None] = [None] * slots
+        self._slots: list[_Slot] = []  # the same, in the order in which they entered
         self._reports: deque[_Report] = deque()
         self._on_gpu = compute.device.type == "cuda"
-        self.advance = SizedGraphs(self._step, buckets(slots)) if compute.has_kernels else self._step
+        self._sizes = buckets(slots) if compute.has_kernels else list(range(1, slots + 1))  # of steps
+        self.advance = SizedGraphs(self._step, self._sizes) if compute.has_kernels else self._step
         few = [n for n in persistent_step.SLOTS if n <= self.decoder.few]
         self.advance_few = SizedGraphs(self._step_few, few) if few else None
         # on a GPU a step is running while the one before is read
         self._lag = 1 if self._on_gpu else 0
+        self._arrivals = deque(self._arrival() for _ in range(self._lag + 1)) if self._on_gpu else deque()
 
     @property
     def active(self) -> int:
@@ -103,14 +109,17 @@ class SlotDecoder:
         """Takes windows into free slots; more than there are is a ValueError."""
         if len(tasks) > self.free:
             raise ValueError(f"{len(tasks)} windows for {self.free} free slots")
+        rows = [row for row, slot in enumerate(self._rows) if slot is None]
         entered = []
-        for row, task in enumerate(tasks, start=len(self._slots)):
+        for row, task in zip(rows, tasks, strict=False):
             prompt = self.tokens.prompt(task.options.prompt)
             slot = _Slot(task, row, prompt, position=len(prompt))
             self.decoder.load(row, task.state)
             if slot.prompt:
                 self.decoder.prefill(row, slot.prompt)
             entered.append(slot)
+        for slot in entered:
+            self._rows[slot.row] = slot
         self._slots += entered
         self._begin(entered)
 
@@ -119,6 +128,7 @@ class SlotDecoder:
         """Frees the slots of these windows; unknown ids are ignored (they have just ended)."""
         for slot in [slot for slot in self._slots if slot.task.window_id in window_ids]:
             self._release(slot)
+            self.states[slot.row, Field.FINISHED] = 1
 
     @torch.inference_mode()
     def step(self) -> list[tuple[str, DecodedWindow]]:
@@ -142,7 +152,7 @@ class SlotDecoder:
         return done
 
     def _start_step(self) -> None:
-        n = len(self._slots)
+        n = self._close_gaps()
         if self.advance_few is None or n > self.decoder.few:
             self.advance(n)
             return
@@ -151,6 +161,30 @@ class SlotDecoder:
                 self.decoder.ready(slot.row)
                 slot.is_ready = True
         self.advance_few(n)
+
+    def _close_gaps(self) -> int:
+        """Moves the last rows into free ones where a step of a smaller size then does; so many rows are left."""
+        end = 1 + max(slot.row for slot in self._slots)
+        needed = self._size(len(self._slots))
+        if needed == self._size(end):
+            return end
+        free = (row for row in range(needed) if self._rows[row] is None)
+        for slot in [slot for slot in self._rows[needed:end] if slot is not None]:
+            self._move(slot, next(free))
+        return 1 + max(slot.row for slot in self._slots)
+
+    def _size(self, rows: int) -> int:
+        """Of the step that works on so many."""
+        return next(size for size in self._sizes if size >= rows)
+
+    def _move(self, slot: _Slot, row: int) -> None:
+        # steps that were started but not yet read have gone on
+        length = min(slot.position + 1 + len(self._reports), self.decoder.dims.n_text_ctx)
+        self.decoder.move(slot.row, row, length)
+        self.states[row].copy_(self.states[slot.row])
+        self.states[slot.row, Field.FINISHED] = 1
+        self._rows[slot.row], self._rows[row] = None, slot
+        slot.row, slot.is_ready = row, False
 
     def _step_few(self, n: int) -> None:
         """As ``_step``."""
@@ -164,13 +198,15 @@ class SlotDecoder:
         self._choose(logits, states)
 
     def _begin(self, slots: Sequence[_Slot]) -> None:
-        """Writes the first state of slots in neighbouring rows. Their prompts are in the caches already."""
+        """Writes the first states of slots. Their prompts are in the caches already."""
         if not slots:
             return
         states = torch.tensor([self._first_state(slot) for slot in slots], dtype=torch.int32)
+        rows = torch.tensor([slot.row for slot in slots])
         if self._on_gpu:
-            states = states.pin_memory()
-        self.states[slots[0].row : slots[-1].row + 1].copy_(states, non_blocking=True)
+            device = self.states.device
+            states, rows = (t.pin_memory().to(device, non_blocking=True) for t in (states, rows))
+        self.states.index_copy_(0, rows, states)
 
     def _first_state(self, slot: _Slot) -> list[int]:
         options = slot.task.options
@@ -185,15 +221,20 @@ class SlotDecoder:
             seed=options.seed + slot.attempt,
         )
 
+    def _arrival(self) -> tuple[Tensor, np.ndarray[Any, Any], torch.cuda.Event]:
+        """Where the states of a step arrive on the host, as a tensor and as an array, and the event that tells."""
+        host = torch.empty(self.states.shape, dtype=self.states.dtype, pin_memory=True)
+        return host, host.numpy(), torch.cuda.Event(blocking=True)  # who waits for it sleeps
+
     def _report(self) -> _Report:
-        states = self.states[: len(self._slots)]
-        arrived = None
-        if self._on_gpu:
-            host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
-            states = host.copy_(states, non_blocking=True)
-            arrived = torch.cuda.Event(blocking=True)  # who waits for it sleeps
-            arrived.record()
-        return _Report([(slot, slot.attempt) for slot in self._slots], states, arrived)
+        slots = [(slot.row, slot, slot.attempt) for slot in self._slots]
+        if not self._on_gpu:
+            return _Report(slots, self.states.numpy().copy(), None)
+        host, array, arrived = self._arrivals[0]
+        self._arrivals.rotate(-1)
+        host.copy_(self.states, non_blocking=True)
+        arrived.record()
+        return _Report(slots, array, arrived)
 
     def _read(self, report: _Report) -> list[tuple[str, DecodedWindow]]:
         """Takes a step's tokens in, and finished windows out of their slots; those that fail the checks start again,
@@ -202,9 +243,10 @@ class SlotDecoder:
             report.arrived.synchronize()
         done = []
         fields = Field.POSITION, Field.SAMPLED, Field.TOKEN, Field.FINISHED
-        columns = report.states.T.numpy()[list(fields)].tolist()
-        rows = zip(report.slots, *columns, strict=True)
-        for row, ((slot, attempt), position, sampled, token, finished) in enumerate(rows):
+        states = report.states[[row for row, _, _ in report.slots]]
+        columns = states[:, fields].T.tolist()
+        rows = zip(report.slots, states, *columns, strict=True)
+        for (_, slot, attempt), state, position, sampled, token, finished in rows:
             if slot.released or slot.attempt != attempt:
                 continue
             slot.position = position
@@ -212,7 +254,7 @@ class SlotDecoder:
                 slot.sampled.append(token)
             if not finished:
                 continue
-            result = self._result(slot, report.states[row].tolist())
+            result = self._result(slot, state)
             if not result.is_acceptable:
                 slot.best = result = max(filter(None, (slot.best, result)), key=quality)
                 if slot.attempt + 1 < len(slot.task.options.temperatures):
@@ -224,29 +266,20 @@ class SlotDecoder:
             self._release(slot)
         return done
 
-    def _result(self, slot: _Slot, state: list[int]) -> DecodedWindow:
-        floats = cast(list[float], torch.tensor(state, dtype=torch.int32).view(torch.float32).tolist())
+    def _result(self, slot: _Slot, state: np.ndarray[Any, Any]) -> DecodedWindow:
+        floats = state.view(np.float32).tolist()
         tokens = slot.sampled[:-1] if slot.sampled[-1] == self.tokens.vocabulary.end else slot.sampled
         return DecodedWindow(
             tokens=tokens,
             text=self.tokens.text(tokens).strip(),
-            language=self._languages[state[Field.START + 1]] if self.tokens.multilingual else "en",
+            language=self._languages[int(state[Field.START + 1])] if self.tokens.multilingual else "en",
             temperature=slot.temperature,
             avg_logprob=floats[Field.SUM_LOGPROB] / (len(tokens) + 1),
             no_speech_prob=floats[Field.NO_SPEECH],
         )
 
     def _release(self, slot: _Slot) -> None:
-        """Fills the freed slot with the last one, so that occupied slots stay dense."""
+        """Frees a slot; on the device a window that has ended stands still by itself."""
         slot.released = True
-        last = self._slots.pop()
-        if last is not slot:
-            # steps that were started but not yet read have gone on
-            length = min(last.position + 1 + len(self._reports), self.decoder.dims.n_text_ctx)
-            self.decoder.move(last.row, slot.row, length)
-            self.states[slot.row].copy_(self.states[last.row])
-            self._slots[slot.row] = last
-            freed, last.row, last.is_ready = last.row, slot.row, False
-        else:
-            freed = slot.row
-        self.states[freed, Field.FINISHED] = 1
+        self._slots.remove(slot)
+        self._rows[slot.row] = None
