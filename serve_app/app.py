@@ -20,7 +20,7 @@ from serve_app.engine.transcript import Transcript
 from serve_app.scaling.policy import PODS
 from serve_app.scaling.readings import API, STAGES, Stage, encode
 from serve_app.service import Transcriber
-from serve_app.settings import PlacedSettings, Settings, StageSettings
+from serve_app.settings import PlacedSettings, Settings, StageSettings, known
 from serve_app.stages.decoder import DecoderStage
 from serve_app.stages.encoder import EncoderStage
 from serve_app.stages.features import FeaturesStage
@@ -156,7 +156,7 @@ def _spread(deployment: PlacedSettings) -> dict[str, Any]:
 
 def _api_replicas(settings: Settings) -> dict[str, Any]:
     """As many as are set; Serve asks autoscaled deployments alone for readings, so with a policy it is one of them."""
-    count = settings.http.replicas
+    count = known(settings.http.replicas)
     return {"autoscaling_config": _scaled(count, count, count)} if settings.scaling.enabled else {"num_replicas": count}
 
 

@@ -32,6 +32,10 @@ def known(value: T | None) -> T:
     return value
 
 
+MOST_API_REPLICAS = 12
+"""By default: so many keep an H100 at work."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -158,7 +162,12 @@ class RequestSettings(Section):
 class HttpSettings(PlacedSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    replicas: int = Field(1, ge=1, description="API replicas")
+    replicas: int | None = Field(
+        None,
+        ge=1,
+        description="API replicas; by default one for a CPU, and for a GPU three quarters of this machine's cores, at "
+        f"most {MOST_API_REPLICAS}",
+    )
     api_keys: list[str] = Field(default_factory=list, description="bearer keys; empty and no file: no authentication")
     api_keys_file: Path | None = Field(None, description="one key a line")
 
@@ -210,6 +219,8 @@ class Settings(BaseSettings):
         }
         defaults["encoder"]["budget_windows"] = 16 if on_gpu else 4
         defaults["decoder"]["slots"] = None if on_gpu else 16
+        cores = len(os.sched_getaffinity(0))
+        defaults["http"] = {"replicas": max(1, min(MOST_API_REPLICAS, cores * 3 // 4)) if on_gpu else 1}
         filled = {}
         for name, values in defaults.items():
             section: Section = getattr(self, name)

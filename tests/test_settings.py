@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,18 @@ def test_defaults_that_depend_on_the_machine_are_filled_in() -> None:
     assert sum(stage.num_gpus or 0 for stage in (gpu.features, gpu.encoder, gpu.decoder)) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("cores", "on_gpu", "expected"), [(1, True, 1), (16, True, 12), (64, True, 12), (64, False, 1)]
+)
+def test_a_gpu_is_kept_at_work_by_several_api_replicas(
+    cores: int, on_gpu: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert Settings().filled(on_gpu=on_gpu).http.replicas == expected
+
+
 def test_what_is_set_stays() -> None:
-    given = Settings(decoder={"slots": 7, "num_gpus": 0.25}, encoder={"budget_windows": 1}).filled(on_gpu=True)
+    fixed = {"decoder": {"slots": 7, "num_gpus": 0.25}, "encoder": {"budget_windows": 1}, "http": {"replicas": 2}}
+    given = Settings.model_validate(fixed).filled(on_gpu=True)
+    assert given.http.replicas == 2
     assert (given.decoder.slots, given.decoder.num_gpus, given.encoder.budget_windows) == (7, 0.25, 1)
