@@ -131,15 +131,26 @@ def deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deploy
 
 
 class Load:
-    """Recordings that are sent at a rate, whether the ones before are done or not."""
+    """Recordings that are sent at a rate, whether the ones before are done or not, up to a number under way.
+
+    With one replica's rate, of a replica that had the cores to itself, the load is too much for as long as another one
+    starts beside it. What bounds the wait is the number.
+    """
+
+    most = 64
+    """Under way: many seconds of work for one replica, and far below the longest wait, on a slow machine too."""
+    timeout_s = 300.0
 
     def __init__(self, url: str, clip: bytes):
         self._url, self._clip = url, clip
-        self.rate = 1.0  # a second
+        self.rate = 0.5  # a second
+        self.failures: list[str] = []
+        """What the application said where it failed."""
         self._pending: list[Future[int]] = []
         self._ended = threading.Event()
-        self._pool = ThreadPoolExecutor(200)
-        self._client = httpx.Client(timeout=120, limits=httpx.Limits(max_connections=200))
+        self._pool = ThreadPoolExecutor(self.most)
+        self._room = threading.Semaphore(self.most)
+        self._client = httpx.Client(timeout=self.timeout_s, limits=httpx.Limits(max_connections=self.most))
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -155,14 +166,20 @@ class Load:
     def _run(self) -> None:
         sent = time.monotonic()
         while not self._ended.wait(0.01):
-            if time.monotonic() - sent >= 1 / self.rate:
+            if time.monotonic() - sent >= 1 / self.rate and self._room.acquire(blocking=False):
                 self._pending.append(self._pool.submit(self._send))
                 sent = time.monotonic()
 
     def _send(self) -> int:
         form = {"model": "whisper-1", "language": "en", "temperature": "0.5"}
         file = {"file": ("clip.wav", self._clip)}
-        return self._client.post(f"{self._url}/v1/audio/transcriptions", files=file, data=form).status_code
+        try:
+            response = self._client.post(f"{self._url}/v1/audio/transcriptions", files=file, data=form)
+        finally:
+            self._room.release()
+        if response.status_code != 200:
+            self.failures.append(f"{response.status_code}: {response.text[:500]}")
+        return response.status_code
 
 
 def beginning(recording: Path, seconds: float) -> bytes:
@@ -194,30 +211,31 @@ def test_stages_follow_a_load_that_rises_and_falls(deployed: Deployed, sample: P
     load = Load(deployed.url, beginning(sample, CLIP_S))
     try:
         # what is done in a second is smoothed, so the first rates are too low
-        wait_until("its rate is known", lambda: sum(known(entry) for entry in deployed.entries()) > 16, 60)
+        wait_until("its rate is known", lambda: sum(known(entry) for entry in deployed.entries()) > 16, 180)
+        wait_until("one suffices", lambda: latest().decision.targets["decoder"] == 1, 180)
+        wait_until("one is there", lambda: len(pids("decoder", APP)) == 1, 180)
         rate = latest().decision.units["decoder"].rate
         assert rate is not None
-        assert latest().decision.targets["decoder"] == 1
 
         stepped = time.time()
         load.rate = 4 * rate / CLIP_S
-        wait_until("another decoder is wanted", lambda: latest().decision.targets["decoder"] == 2, 30)
+        wait_until("another decoder is wanted", lambda: latest().decision.targets["decoder"] == 2, 90)
         load.rate = rate / CLIP_S
-        wait_until("it runs", lambda: latest().signals.stages["decoder"].ready == 2, 90)
+        wait_until("it runs", lambda: latest().signals.stages["decoder"].ready == 2, 300)
         assert len(pids("decoder", APP)) == 2
 
         load.rate = 0.02
-        wait_until("it has gone", lambda: latest().signals.stages["decoder"].target == 1, 90)
+        wait_until("it has gone", lambda: latest().signals.stages["decoder"].target == 1, 300)
     finally:
         statuses = load.end()
-    assert Counter(statuses) == {200: len(statuses)}
+    assert (set(statuses), load.failures) == ({200}, [])
     entries = deployed.entries()
-    more = next(entry for entry in entries if entry.decision.targets["decoder"] == 2)
+    more = next(e for e in entries if e.now > stepped and e.decision.targets["decoder"] == 2)
     assert more.now - stepped <= NOTICE_S
     # Serve did what was decided
     for before, after in itertools.pairwise(entries):
         assert before.decision.targets == {stage: each.target for stage, each in after.signals.stages.items()}
-    wait_until("its process has ended", lambda: len(pids("decoder", APP)) == 1, 90)
+    wait_until("its process has ended", lambda: len(pids("decoder", APP)) == 1, 300)
 
     count, differences = replay(deployed.log)
     assert count >= len(entries)

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -24,7 +24,7 @@ from tests.k8s.controller import Operator, Process, wait_until, written
 from tests.k8s.raycluster import TOKEN, WORKERS, RayCluster, raycluster
 from tests.prometheus import prometheus
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 PRODUCT = "whisper"
 TICK_S = 1.0
@@ -95,20 +95,6 @@ def controllers(tmp_path: Path, server: ApiServer, scraper: Scraper) -> Iterator
     controllers.end()
 
 
-class Told(Load):
-    """Keeps what the application said where it failed."""
-
-    failures: ClassVar[list[str]] = []
-
-    def _send(self) -> int:
-        form = {"model": "whisper-1", "language": "en", "temperature": "0.5"}
-        file = {"file": ("clip.wav", self._clip)}
-        response = self._client.post(f"{self._url}/v1/audio/transcriptions", files=file, data=form)
-        if response.status_code != 200:
-            self.failures.append(f"{response.status_code}: {response.text[:500]}")
-        return response.status_code
-
-
 def are(count: int) -> dict[str, int]:
     return dict.fromkeys(STAGES, count)
 
@@ -148,22 +134,22 @@ def test_pods_come_and_go_whole_and_numbers_are_asserted_again(cluster: RayClust
     def take_whole(count: int) -> None:
         """KubeRay's autoscaler takes idle pods only."""
         controllers.configure(**limits(count, count))
-        wait_until(f"there are {count}", settled(cluster, "pods", are(count)), 60)
+        wait_until(f"there are {count}", settled(cluster, "pods", are(count)), 180)
         nodes = [set(ids) for ids in cluster.nodes("pods").values()]
         assert len(nodes[0]) == count
         assert nodes == [nodes[0]] * len(STAGES)
 
     cluster.deploy(pods.declaration())
-    wait_until("the pods are up", lambda: cluster.is_running("pods"), 120)
+    wait_until("the pods are up", lambda: cluster.is_running("pods"), 300)
     operator.rayservice(cluster.dashboard)
     controllers.configure(**limits(WORKERS, WORKERS), dry_run=True)
     process = controllers.start()
-    wait_until("it decides", lambda: process.rounds("ok") > 2, 30)
+    wait_until("it decides", lambda: process.rounds("ok") > 2, 90)
     assert process.metric("whisper_scaling_wanted_replicas", stage="encoder") == WORKERS
     assert cluster.targets("pods") == are(1)
     assert operator.events("ScaledUp") == []
     controllers.configure(**limits(WORKERS, WORKERS))
-    wait_until("all pods are taken", settled(cluster, "pods", are(WORKERS)), 60)
+    wait_until("all pods are taken", settled(cluster, "pods", are(WORKERS)), 180)
     assert {event["note"].partition(" (")[0] for event in operator.events("ScaledUp")} == {
         "features 1 → 3, encoder 1 → 3, decoder 1 → 3"
     }
@@ -183,18 +169,18 @@ def test_pods_come_and_go_whole_and_numbers_are_asserted_again(cluster: RayClust
         lambda: any("whisper-raycluster-b" in event["note"] for event in operator.events("Reasserted")),
         10,
     )
-    wait_until("there are 2", settled(cluster, "pods", are(2)), 60)
+    wait_until("there are 2", settled(cluster, "pods", are(2)), 180)
     take_whole(1)
     controllers.configure(**limits(2, 3))
     wait_until("2 are asked for", lambda: cluster.targets("pods") == are(2), 10)
 
     # another configuration of Serve's
     cluster.deploy(pods.declaration(version=1))
-    wait_until("it is deployed anew", lambda: cluster.targets("pods") in (are(1), are(2)), 60)
+    wait_until("it is deployed anew", lambda: cluster.targets("pods") in (are(1), are(2)), 180)
     assert rounds_to(process, lambda: cluster.targets("pods") == are(2)) <= 2
     # one that is not for others to scale
     cluster.deploy(pods.declaration(version=2, external=False))
-    wait_until("it is told", lambda: bool(operator.events("ExternalScalingOff")), 60)
+    wait_until("it is told", lambda: bool(operator.events("ExternalScalingOff")), 180)
     assert "external_scaler_enabled: true" in operator.events("ExternalScalingOff")[0]["note"]
     assert "Traceback" not in process.log
 
@@ -218,7 +204,7 @@ def test_replicas_follow_the_load_and_stay_where_nothing_is_known(
             },
         }
     )
-    wait_until("the product is up", lambda: cluster.is_running(PRODUCT), 120)
+    wait_until("the product is up", lambda: cluster.is_running(PRODUCT), 300)
     log = tmp_path / "decisions.jsonl"
     settings = {
         "gpus": dict.fromkeys(STAGES, 0.0),
@@ -252,18 +238,17 @@ def test_replicas_follow_the_load_and_stay_where_nothing_is_known(
     def target() -> int:
         return cluster.targets(PRODUCT)["decoder"]
 
-    load = Told(f"http://127.0.0.1:{cluster.http}", beginning(sample, CLIP_S))
-    load.rate = 0.2
+    load = Load(f"http://127.0.0.1:{cluster.http}", beginning(sample, CLIP_S))
     try:
-        wait_until("it leads", first.leads, 30)
-        wait_until("its rate is known, and one suffices", lambda: known() and target() == 1, 90)
+        wait_until("it leads", first.leads, 90)
+        wait_until("its rate is known, and one suffices", lambda: known() and target() == 1, 300)
         rate = latest().decision.units["decoder"].rate
         assert rate is not None
 
-        load.rate = 4 * rate / CLIP_S
-        wait_until("another decoder is asked for", lambda: target() == 2, 40)
+        load.rate = 2 * rate / CLIP_S  # what comes too much is waited for by all that follow
+        wait_until("another decoder is asked for", lambda: target() == 2, 120)
         load.rate = 0.9 * rate / CLIP_S  # which one could just do, without headroom
-        wait_until("it runs", lambda: latest().signals.stages["decoder"].ready == 2, 90)
+        wait_until("it runs", lambda: latest().signals.stages["decoder"].ready == 2, 300)
         assert any(e["note"].startswith("decoder 1 → 2 (") for e in operator.events("ScaledUp"))
         assert (first.metric("whisper_controller_signal_age_seconds", stage="decoder") or 99) < 10
 
@@ -276,10 +261,11 @@ def test_replicas_follow_the_load_and_stay_where_nothing_is_known(
         wait_until("it goes on", lambda: second.rounds("ok") > 0, 10)
 
         # without Prometheus nobody knows that the load is gone
+        told = len(operator.events("SignalsStale"))  # of a replica whose first second came late, perhaps
         scraper.stop()
         load.rate = 0.02
-        wait_until("it is told", lambda: bool(operator.events("SignalsStale")), 40)
-        assert operator.events("PrometheusUnreachable")
+        wait_until("it is told why", lambda: bool(operator.events("PrometheusUnreachable")), 120)
+        wait_until("it is told", lambda: len(operator.events("SignalsStale")) > told, 120)
         time.sleep(3 * HOLD_S)
         assert target() == 2
         age = second.metric("whisper_controller_signal_age_seconds", stage="decoder")
@@ -289,8 +275,8 @@ def test_replicas_follow_the_load_and_stay_where_nothing_is_known(
 
         scraper.start()
         controllers.configure(**settings)
-        wait_until("it has gone", lambda: target() == 1, 90)
-        wait_until("it is told", lambda: bool(operator.events("SignalsFresh")), 30)
+        wait_until("it has gone", lambda: target() == 1, 300)
+        wait_until("it is told", lambda: bool(operator.events("SignalsFresh")), 90)
         assert any(e["note"].startswith("decoder 2 → 1 (fewer)") for e in operator.events("ScaledDown"))
         assert second.metric("whisper_scaling_decisions_total", stage="decoder", direction="down", reason="fewer")
     finally:
