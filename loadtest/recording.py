@@ -133,7 +133,7 @@ def send(url: str, seconds: float, clients: int) -> int:
         while time.monotonic() < end:
             form = {"model": "whisper-1", "language": "en"}
             files = {"file": (SAMPLE.name, audio)}
-            httpx.post(f"{url}/v1/audio/transcriptions", files=files, data=form, timeout=120).raise_for_status()
+            httpx.post(f"{url}/v1/audio/transcriptions", files=files, data=form, timeout=300).raise_for_status()
             sent += 1
         return sent
 

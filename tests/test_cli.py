@@ -22,7 +22,7 @@ def whisper_serve(*arguments: str, **environment: str) -> subprocess.CompletedPr
         [sys.executable, "-m", "serve_app.cli", *arguments],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         check=False,
         env={**os.environ, "COLUMNS": "200", **environment},
     )

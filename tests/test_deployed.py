@@ -183,7 +183,7 @@ def test_the_charts_configuration_runs_where_the_chart_says(
                 files={"file": file},
                 data={"model": "whisper-1", "response_format": "text"},
                 headers={"Authorization": f"Bearer {key}"},
-                timeout=120,
+                timeout=300,
             )
 
     assert transcribe("sk-wrong").status_code == 401

@@ -51,7 +51,7 @@ print(json.dumps([{name: r[name] for name in ("path", "text", "error")} for r in
 
 def run(program: str, *arguments: str) -> object:
     result = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=400, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])

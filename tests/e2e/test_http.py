@@ -127,7 +127,7 @@ def test_many_recordings_at_once(application: str, sample: Path, sample_text: st
     def transcribe(_: int) -> httpx.Response:
         with sample.open("rb") as audio:
             url = f"{application}/v1/audio/transcriptions"
-            return httpx.post(url, files={"file": audio}, data={"model": "whisper-1", "language": "en"}, timeout=120)
+            return httpx.post(url, files={"file": audio}, data={"model": "whisper-1", "language": "en"}, timeout=300)
 
     with ThreadPoolExecutor(16) as pool:
         responses = list(pool.map(transcribe, range(16)))

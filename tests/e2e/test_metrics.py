@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import ray
 from ray import serve
 
+from loadtest.gpu.clients import wav
 from serve_app import metrics
 from serve_app.engine import work
 from serve_app.engine.checkpoint import load
 from serve_app.metrics import DECLARED
 from serve_app.scaling.readings import CallerReading, Reading, ReplicaReading, decode
 from tests.e2e.replicas import occupancy, pids
+from tests.engine.conftest import read_pcm
 from tests.metrics.boards import OF_GPUS
 from tests.prometheus import Prometheus, prometheus
 
@@ -48,7 +51,7 @@ def scraper(application: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def transcribe(url: str, file: Path | tuple[str, bytes]) -> httpx.Response:
     audio = (file.name, file.read_bytes()) if isinstance(file, Path) else file
     form = {"model": "whisper-1", "language": "en", "response_format": "verbose_json"}
-    return httpx.post(f"{url}/v1/audio/transcriptions", files={"file": audio}, data=form, timeout=120)
+    return httpx.post(f"{url}/v1/audio/transcriptions", files={"file": audio}, data=form, timeout=300)
 
 
 class Counts:
@@ -177,8 +180,8 @@ def test_gauges_are_of_every_replica_and_within_their_range(scraper: Prometheus,
         assert scraper.value(f"sum(ray_whisper_{gauge})") == 0, gauge
 
 
-def test_gauges_see_work_while_it_is_done(scraper: Prometheus, application: str, shared_audio: Path) -> None:
-    long = shared_audio / "synth_long" / "piper-modern1.mp3"
+def test_gauges_see_work_while_it_is_done(scraper: Prometheus, application: str, sample: Path) -> None:
+    long = "long.wav", wav(np.tile(read_pcm(sample), 4))
     peaks: dict[str, float] = {}
     expressions = {
         "active": "sum(ray_whisper_requests_active)",

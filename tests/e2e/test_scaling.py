@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import shutil
 import sys
 import tempfile
 import threading
 import time
-import wave
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +20,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from loadtest.gpu.clients import wav
 from loadtest.server import started
 from serve_app.engine.checkpoint import Dims
 from serve_app.scaling.readings import STAGES
@@ -184,14 +183,7 @@ class Load:
 
 def beginning(recording: Path, seconds: float) -> bytes:
     """Its first seconds, as a WAV file."""
-    samples = read_pcm(recording)[: int(seconds * 16_000)]
-    file = io.BytesIO()
-    with wave.open(file, "wb") as writer:
-        writer.setnchannels(1)
-        writer.setsampwidth(2)
-        writer.setframerate(16_000)
-        writer.writeframes(samples.tobytes())
-    return file.getvalue()
+    return wav(read_pcm(recording)[: int(seconds * 16_000)])
 
 
 def wait_until(what: str, reached: Callable[[], bool], seconds: float) -> None:
