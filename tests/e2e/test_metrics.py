@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 import ray
 from ray import serve
 
-from loadtest.gpu.clients import wav
 from serve_app import metrics
 from serve_app.engine import work
 from serve_app.engine.checkpoint import load
 from serve_app.metrics import DECLARED
 from serve_app.scaling.readings import CallerReading, Reading, ReplicaReading, decode
 from tests.e2e.replicas import occupancy, pids
-from tests.engine.conftest import read_pcm
+from tests.e2e.test_scaling import beginning
 from tests.metrics.boards import OF_GPUS
 from tests.prometheus import Prometheus, prometheus
 
@@ -180,8 +178,8 @@ def test_gauges_are_of_every_replica_and_within_their_range(scraper: Prometheus,
         assert scraper.value(f"sum(ray_whisper_{gauge})") == 0, gauge
 
 
-def test_gauges_see_work_while_it_is_done(scraper: Prometheus, application: str, sample: Path) -> None:
-    long = "long.wav", wav(np.tile(read_pcm(sample), 4))
+def test_gauges_see_work_while_it_is_done(scraper: Prometheus, application: str, shared_audio: Path) -> None:
+    long = "long.wav", beginning(shared_audio / "en_long" / "lj001-3min.flac", 50)
     peaks: dict[str, float] = {}
     expressions = {
         "active": "sum(ray_whisper_requests_active)",
