@@ -185,7 +185,10 @@ class BatchingHandle:
         try:
             replica.gpu = await self._gpu.remote(replica=replica_id)
         except Exception:
-            logger.info("%s replica %s died before it told its GPU", self._stage, replica_id, exc_info=True)
+            # one that lives is asked again, for what it makes or takes would go through the object store for ever
+            logger.info("%s replica %s did not tell its GPU", self._stage, replica_id, exc_info=True)
+            replica.asked = False
+            self._loop.call_later(DEAD_PAUSE_S, self._replicas_changed)
 
     def _dispatch(self) -> None:
         """Sends waiting windows, most urgent first, each to the replica with the most credit that can take it."""

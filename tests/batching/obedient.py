@@ -24,6 +24,7 @@ class ObedientStage(BatchStage):
     def __init__(self, budget: int = 4, max_queued_windows: int = 256, breaks: int = 0):
         """breaks: so many calls end with an error that is no window's."""
         self._breaks = breaks
+        self._hides_gpu = False
         super().__init__(StageSettings(max_queued_windows=max_queued_windows), torch.device("cpu"))
         # a budget of its windows' cost, which stays
         bounds = self.bounds(FeedbackSettings(enabled=False), least=1, most=budget)
@@ -43,7 +44,14 @@ class ObedientStage(BatchStage):
         await asyncio.sleep(0.5)
         await self.cancel(window_ids)
 
+    async def hide_gpu(self) -> None:
+        """From the next who asks for it."""
+        self._hides_gpu = True
+
     async def gpu(self, *, replica: str | None = None) -> str | None:
+        if self._hides_gpu:
+            self._hides_gpu = False
+            raise RuntimeError("the call breaks off")
         return "GPU-of-this-test"
 
     def _batch(self, inputs: list[Input]) -> torch.Tensor:

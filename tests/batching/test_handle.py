@@ -99,6 +99,14 @@ async def test_gpus_of_replicas_that_others_have_called_before_are_known(stage: 
             await asyncio.sleep(0.02)
 
 
+async def test_a_replica_that_did_not_tell_its_gpu_is_asked_again(stage: Stage) -> None:
+    await stage.options(method_name="hide_gpu").remote()
+    handle = await connect(stage)
+    async with asyncio.timeout(60):
+        while handle.gpus != {"GPU-of-this-test"}:
+            await asyncio.sleep(0.02)
+
+
 async def test_windows_beyond_the_credit_wait_at_the_caller_and_all_are_done(stage: Stage) -> None:
     handle = await connect(stage, credit=3)
     calls = [asyncio.create_task(handle.call(window(0.05))) for _ in range(12)]
