@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from loadtest.gpu import metrics
-from loadtest.gpu.metrics import PHASES, Phase, Reading, Result, agree, compare, failures
 from loadtest.gpu.nvidia_smi import Monitor, NvidiaSmiFailed, Row, query, read_dmon
+from loadtest.gpu.readings import PHASES, Phase, Reading, Result, agree, compare, failures
 from tests.loadtest.gpu_systems import SMALL
 
 DMON = """\
