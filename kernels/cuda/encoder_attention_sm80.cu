@@ -144,6 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     }
 
     // Through this warp's own rows of shared memory, whose queries it holds in registers, so that it stores whole rows.
+    __syncwarp();  // with a single block of keys nothing else parts those reads from these stores
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
