@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 import torch
 
 from serve_app.batching.feedback import Bounds
+from serve_app.batching.messages import InputLost
 from serve_app.batching.planner import plan
 from serve_app.engine import memory, work
 from serve_app.engine.checkpoint import Dims, load
@@ -21,14 +24,19 @@ from serve_app.engine.tokens import Tokens
 from serve_app.settings import Settings, known
 from serve_app.stages.replica import Entry, StageReplica, logger
 from serve_app.stages.threads import use_threads
-from serve_app.stages.transport import Input, received_tensor
+from serve_app.stages.transport import received_tensor
 from serve_app.stages.turns import gives_way
 
 WARM_UP_STEPS = 64
 
 STINT_S = 0.005
-"""So long the engine steps by itself: windows that have ended, and those that come, wait for it. Handing each step over
-between its thread and the event loop takes a small model's GPU longer than the step."""
+"""So long the engine steps before it looks for windows that come, and those that nobody waits for any more."""
+
+TOLD_S = 0.25
+"""After so long it tells of its steps, also where no window has ended."""
+
+LOOKS_S = 1.0
+"""How often windows that wait are looked at where nothing happens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,17 @@ class ModelInfo:
     name: str
     dims: Dims
     slots: int
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Of the engine since a moment (time.monotonic). busy_s: in steps; cost_s: each of these seconds by the occupied
+    slots."""
+
+    since: float
+    busy_s: float = 0.0
+    cost_s: float = 0.0
+    finished: list[tuple[str, DecodedWindow]] = field(default_factory=list)
 
 
 class DecoderStage(StageReplica):
@@ -55,6 +74,7 @@ class DecoderStage(StageReplica):
         self._info = ModelInfo(checkpoint.name, checkpoint.dims, slots)
         rules = rules_of(Tokens(checkpoint.dims).vocabulary, checkpoint.dims, settings.decoder.max_tokens)
         self._slots = SlotDecoder(checkpoint, compute, slots, rules)
+        self._entering: deque[Entry] = deque()  # on their way from the event loop to the engine's thread
         objective_s = settings.feedback.objective_s(self.stage, on_gpu=self._gpu is not None)
         self._follow_load(settings.feedback, Bounds(least=1, most=slots, quantum=1, objective_s=objective_s, batches=1))
         self._operations = work.step_operations(checkpoint.dims)
@@ -76,56 +96,100 @@ class DecoderStage(StageReplica):
         return self._info
 
     async def _work(self) -> None:
+        """Windows go to the engine as slots come free; it runs by itself as long as it has some, since it would wait
+        long for an event loop that is busy with calls, and the GPU with it."""
+        decoding: asyncio.Task[None] | None = None
         while True:
-            if not self._slots.active:
-                await self._run(self._leave_gpu)
-                await self._next_input()
-            began = time.time()
-            try:
-                await self._admit()
-                active = self._slots.active
-                finished, steps = await self._run(self._stint)
-            except Exception as error:
-                logger.exception("decoding failed with %d windows in their slots", self._slots.active)
-                for entry in list(self._running.values()):
-                    self._fail(entry, error)
-                continue  # the next step frees their slots
-            now = time.time()
-            self.feedback.ran(active, (now - began) / max(1, steps))
-            for window_id, result in finished:
-                if window_id in self._running:
-                    entry = self._running[window_id]
-                    self.feedback.ended(arrived=entry.waiting.arrived, began=entry.began, at=now)
-                    self._done(entry, result, tokens=len(result.tokens))
+            self._changed.clear()
+            await self._admit()
             self._adjust()
+            if decoding is not None and decoding.done():
+                if (error := decoding.exception()) is not None:
+                    logger.error("decoding failed with %d windows under way", len(self._running), exc_info=error)
+                    self._entering.clear()  # what is in the slots already leaves them when it goes on
+                    for entry in list(self._running.values()):
+                        self._fail(entry, error if isinstance(error, Exception) else RuntimeError(str(error)))
+                decoding = None
+            if decoding is None and self._entering:
+                decoding = asyncio.create_task(self._run(self._decode, asyncio.get_running_loop()))
+                decoding.add_done_callback(lambda _: self._changed.set())
+            waits = LOOKS_S if self._queue or decoding is not None else None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(waits):
+                    await self._changed.wait()
 
-    def _stint(self) -> tuple[list[tuple[str, DecodedWindow]], int]:
-        """Frees the slots of windows that nobody waits for any more, and advances the others, for a while: what has
-        ended, and the number of steps."""
-        self._slots.cancel(self._slots.window_ids - self._running.keys())
-        if not self._slots.active:
-            return self._slots.step(), 0
-        if self._turns is not None:
-            self._turns.take()
-        finished: list[tuple[str, DecodedWindow]] = []
-        steps, ends = 0, time.monotonic() + STINT_S
+    def _decode(self, loop: asyncio.AbstractEventLoop) -> None:
+        """On the engine's thread: steps until no window is left."""
+        done = _Progress(time.monotonic())
+        try:
+            while self._entering or self._slots.active:
+                if self._turns is not None:
+                    self._turns.take()
+                self._enter(loop)
+                self._stint(done)
+                if self._gives_way() or not self._slots.active:
+                    done.finished += self._leave_gpu()
+                now = time.monotonic()
+                if done.finished or now - done.since > TOLD_S:
+                    loop.call_soon_threadsafe(self._tell, done, now - done.since)
+                    done = _Progress(now)
+        finally:
+            if self._turns is not None and self._turns.held:  # after an error
+                self._turns.give()
+
+    def _enter(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Frees the slots of windows that nobody waits for any more, and fills free ones."""
+        self._slots.cancel({name for name in self._slots.window_ids if name not in self._running})
+        entries: list[Entry] = []
+        while self._entering and len(entries) < self._slots.free:
+            entry = self._entering.popleft()
+            if entry.window.window_id in self._running:
+                entries.append(entry)
+        self._receive.read_rings()  # now: what comes after the entries were taken is not theirs
+        tasks: list[SlotTask] = []
+        for entry in entries:
+            if isinstance(received := entry.received, InputLost):
+                loop.call_soon_threadsafe(self._fail, entry, received)
+                continue
+            assert entry.window.options is not None
+            tasks.append(SlotTask(entry.window.window_id, received_tensor(received), entry.window.options))
+        if tasks:
+            with self.meter.running():
+                self._slots.admit(tasks)
+
+    def _stint(self, done: _Progress) -> None:
+        """Some steps of the occupied slots."""
+        ends = time.monotonic() + STINT_S
         with self.meter.running():
             while (active := self._slots.active) and time.monotonic() < ends:
-                finished += self._slots.step()
+                began = time.monotonic()
+                done.finished += self._slots.step()
+                seconds = time.monotonic() - began
+                done.cost_s += active * seconds
+                done.busy_s += seconds
                 self.meter.batch(active, active / self._info.slots, active * self._operations)
-                steps += 1
                 if self._gives_way():
                     break
-        if self._gives_way():
-            finished += self._leave_gpu()
-        return finished, steps
+
+    def _tell(self, done: _Progress, seconds: float) -> None:
+        """On the event loop: what the engine has done in so many seconds, in which others had their turns too."""
+        if done.busy_s:
+            self.feedback.ran(done.cost_s / done.busy_s, seconds)
+        now = time.time()
+        for window_id, result in done.finished:
+            if window_id in self._running:
+                entry = self._running[window_id]
+                self.feedback.ended(arrived=entry.waiting.arrived, began=entry.began, at=now)
+                self._done(entry, result, tokens=len(result.tokens))
+        self._changed.set()
 
     def _gives_way(self) -> bool:
         turns = self._turns
         if turns is None or not turns.wanted:
             return False
-        waiting, slots = len(self._queue), self._info.slots
-        return gives_way(held_s=turns.held_s, free=self._room, waiting=waiting, slots=slots)
+        waiting, slots = len(self._queue) + len(self._entering), self._info.slots
+        free = min(self._slots.free, int(self.budget) - self._slots.active)
+        return gives_way(held_s=turns.held_s, free=free, waiting=waiting, slots=slots)
 
     def _leave_gpu(self) -> list[tuple[str, DecodedWindow]]:
         """Ends the turn on the GPU, if there is one; what was on its way may finish windows."""
@@ -147,38 +211,14 @@ class DecoderStage(StageReplica):
         self._slots.step()  # reads what is left of the last one
         return 0.0
 
-    async def _next_input(self) -> None:
-        """Waits until the input of a waiting window is here."""
-        await self._next()
-        fetches = {entry.fetch for entry in self._queue.values()}
-        await asyncio.wait(fetches, return_when=asyncio.FIRST_COMPLETED)
-
-    @property
-    def _room(self) -> int:
-        """Slots that may be filled."""
-        return min(self._slots.free, int(self.budget) - self._slots.active)
-
     async def _admit(self) -> None:
-        """Fills free slots from the queue, with windows whose input is here: those in the slots do not wait for a copy.
-        A window that must run alone waits until all slots are free, and keeps them to itself."""
+        """Gives the engine windows whose input is at hand, as many as there are slots: those in the slots do not wait
+        for a fetch. A window that must run alone waits until no other is under way, and keeps the slots to itself."""
         self._expire()
-        room = self._room
+        room = int(self.budget) - len(self._running)
         if room <= 0 or any(entry.window.alone for entry in self._running.values()):
             return
-        here = (entry.waiting for entry in self._queue.values() if entry.fetch.done())
-        planned = plan(here, budget=room, padded=False)
-        if not planned or (planned[0].alone and self._slots.active):
-            return
-        taken = await self._take(planned)
-        await self._run(self._enter, [_task(entry, state) for entry, state in taken])
-
-    def _enter(self, tasks: list[SlotTask]) -> None:
-        if self._turns is not None:
-            self._turns.take()
-        with self.meter.running():
-            self._slots.admit(tasks)
-
-
-def _task(entry: Entry, state: Input) -> SlotTask:
-    assert entry.window.options is not None
-    return SlotTask(entry.window.window_id, received_tensor(state), entry.window.options)
+        at_hand = (entry.waiting for entry in self._queue.values() if entry.incoming.is_at_hand)
+        planned = plan(at_hand, budget=room, padded=False)
+        if planned and not (planned[0].alone and self._running):
+            self._entering.extend(await self._take(planned))

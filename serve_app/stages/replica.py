@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from serve_app.scaling.signals import Outcome, StageMeter, measure_saturation
 from serve_app.settings import StageSettings
 from serve_app.stages.observed import QueueState, StageObserver
 from serve_app.stages.ring import RingError, gpu_of
-from serve_app.stages.transport import Input, Receiver
+from serve_app.stages.transport import Descriptor, Incoming, Input, Receiver
 from serve_app.stages.turns import GpuTurns
 
 logger = logging.getLogger(__name__)
@@ -60,9 +60,13 @@ class Entry:
     window: StageWindow
     waiting: Waiting
     events: asyncio.Queue[Event]
-    fetch: asyncio.Task[list[Input | InputLost]]
-    index: int  # of its input in the fetch, which is of all windows of a call
+    incoming: Incoming
     began: float = 0.0  # when it was taken from the queue
+
+    @property
+    def received(self) -> Input | InputLost:
+        """Its input, which must be here."""
+        return self.incoming.future.result(timeout=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ class StageReplica(ABC):
         self._receive = Receiver(device)
         self._queue: dict[str, Entry] = {}
         self._running: dict[str, Entry] = {}
-        self._arrived = asyncio.Event()
+        self._changed = asyncio.Event()  # a window, or its input, has come, or one has gone
         self._worker: asyncio.Task[None] | None = None
         self.meter = StageMeter(on_gpu=device.type == "cuda")
         self._observer: StageObserver | None = None
@@ -116,10 +120,12 @@ class StageReplica(ABC):
         events: asyncio.Queue[Event] = asyncio.Queue()
         room = max(0, self._settings.max_queued_windows - len(self._queue))
         accepted, refused = call.windows[:room], call.windows[room:]
-        fetch = asyncio.create_task(self._receive([window.input for window in accepted]))
-        for index, window in enumerate(accepted):
-            self._queue[window.window_id] = Entry(window, _waiting(window), events, fetch, index)
-        self._arrived.set()
+        for window in accepted:
+            entry = Entry(window, _waiting(window), events, self._receive(window.input))
+            self._queue[window.window_id] = entry
+            if not entry.incoming.is_at_hand:
+                entry.incoming.future.add_done_callback(lambda _: self._changed.set())
+        self._changed.set()
         unanswered = {window.window_id for window in accepted}
         try:
             if refused:
@@ -141,6 +147,7 @@ class StageReplica(ABC):
             if entry is not None:
                 self.meter.ended("cancelled")
                 entry.events.put_nowait(Failed(window_id, Cancelled()))
+                self._changed.set()
 
     def _follow_load(self, settings: FeedbackSettings, bounds: Bounds) -> None:
         """Lets feedback move the budget from now on, from the most that it may be."""
@@ -200,8 +207,8 @@ class StageReplica(ABC):
     async def _next(self) -> None:
         """Waits until a window waits."""
         while not self._queue:
-            self._arrived.clear()
-            await self._arrived.wait()
+            self._changed.clear()
+            await self._changed.wait()
 
     def _expire(self) -> None:
         """Gives up windows that nobody waits for any more."""
@@ -211,8 +218,9 @@ class StageReplica(ABC):
             error = DeadlineExceeded("the deadline passed while a window waited for a replica")
             entry.events.put_nowait(Failed(late.window_id, error))
 
-    async def _take(self, planned: Sequence[Waiting]) -> list[tuple[Entry, Input]]:
-        """Takes planned windows, with their inputs, from the queue; those whose input is lost have failed."""
+    async def _take(self, planned: Sequence[Waiting]) -> list[Entry]:
+        """Takes planned windows from the queue. Their inputs are here, but for those in rings; windows whose input is
+        lost have failed."""
         entries = [self._queue.pop(w.window_id) for w in planned]
         for entry in entries:
             self._running[entry.window.window_id] = entry
@@ -222,13 +230,14 @@ class StageReplica(ABC):
                 entry.events.put_nowait(Started(entry.window.window_id))
         if any(w.alone for w in planned):
             await asyncio.sleep(NOTICE_S)
-        taken: list[tuple[Entry, Input]] = []
+        taken: list[Entry] = []
         for entry in entries:
-            received = (await entry.fetch)[entry.index]
-            if isinstance(received, InputLost):
-                self._fail(entry, received)
-            elif entry.window.window_id in self._running:  # not cancelled meanwhile
-                taken.append((entry, received))
+            if not entry.incoming.in_ring:
+                received = await asyncio.wrap_future(entry.incoming.future)
+                if isinstance(received, InputLost):
+                    self._fail(entry, received)
+            if entry.window.window_id in self._running:  # not cancelled meanwhile
+                taken.append(entry)
         return taken
 
     def _done(self, entry: Entry, result: Any, *, tokens: int = 0) -> None:
@@ -282,14 +291,24 @@ def _waiting(window: StageWindow) -> Waiting:
     return Waiting(window.window_id, window.cost, time.time(), window.deadline, window.priority, window.alone)
 
 
+class Export(Protocol):
+    """``stages.transport.Exporter``."""
+
+    def begin(self, tensors: Tensor, consumers: Sequence[Collection[str]]) -> list[Descriptor | None]: ...
+
+    def finish(
+        self, tensors: Tensor, consumers: Sequence[Collection[str]], begun: Sequence[Descriptor | None]
+    ) -> list[Any]: ...
+
+
 class BatchStage(StageReplica):
     """A stage that runs rectangular batches: while one runs, the next gathers in the queue."""
 
     operations: float = 0.0
     """Floating-point operations of one window (``engine.work``)."""
 
-    export: Callable[[Tensor, Sequence[Collection[str]]], list[Any]]
-    """Makes results known to the next stage (``stages.transport.Exporter``)."""
+    export: Export
+    """Makes results known to the next stage."""
 
     def bounds(self, settings: FeedbackSettings, *, least: float, most: float) -> Bounds:
         """Of the budget: from one window to what memory was planned for. A window sees the batch before its own end."""
@@ -306,21 +325,34 @@ class BatchStage(StageReplica):
     def _batch(self, inputs: list[Input]) -> Tensor:
         """Runs one batch, on the engine's thread: [n, …]."""
 
-    def _run_batch(self, taken: list[tuple[Entry, Input]]) -> list[Any]:
+    def _run_batch(self, taken: list[Entry]) -> list[Any]:
+        """On the engine's thread: what each window's result is known by, or InputLost."""
         with self._turn():
+            self._receive.read_rings()
+            entries, inputs = [], []
+            for entry in taken:
+                received = entry.received
+                if not isinstance(received, InputLost):
+                    entries.append(entry)
+                    inputs.append(received)
+            if not entries:
+                return [entry.received for entry in taken]
+            consumers = [entry.window.consumers for entry in entries]
             at = time.time()
             with self.meter.running():
-                results = self._batch([received for _, received in taken])
+                results = self._batch(inputs)
+                begun = self.export.begin(results, consumers)  # launched while the GPU still computes
             if results.is_cuda:
                 done = torch.cuda.Event(blocking=True)  # who waits for it sleeps
                 done.record()
                 done.synchronize()
             seconds = time.time() - at
-        costs = [entry.window.cost for entry, _ in taken]
-        self.meter.batch(len(taken), min(1.0, sum(costs) / self.budget), len(taken) * self.operations)
-        arrived = [entry.waiting.arrived for entry, _ in taken]
-        self.feedback.batch(len(taken) * max(costs), arrived, began=at, seconds=seconds)
-        return self.export(results, [entry.window.consumers for entry, _ in taken])
+        costs = [entry.window.cost for entry in entries]
+        self.meter.batch(len(entries), min(1.0, sum(costs) / self.budget), len(entries) * self.operations)
+        arrived = [entry.waiting.arrived for entry in entries]
+        self.feedback.batch(len(entries) * max(costs), arrived, began=at, seconds=seconds)
+        exported = iter(self.export.finish(results, consumers, begun))
+        return [entry.received if isinstance(entry.received, InputLost) else next(exported) for entry in taken]
 
     async def _gather(self) -> None:
         """Waits for a fuller batch as long as feedback says, unless a window is in haste."""
@@ -332,9 +364,10 @@ class BatchStage(StageReplica):
             left = self.feedback.leaves_at((w.cost for w in waiting), oldest) - time.time()
             if left <= 0:
                 return
-            self._arrived.clear()
+            self._changed.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._arrived.wait(), left)
+                async with asyncio.timeout(left):
+                    await self._changed.wait()
 
     async def _work(self) -> None:
         while True:
@@ -349,8 +382,11 @@ class BatchStage(StageReplica):
                 results = await self._run(self._run_batch, taken)
             except Exception as error:
                 logger.exception("a batch of %d windows failed", len(taken))
-                for entry, _ in taken:
+                for entry in taken:
                     self._fail(entry, error)
                 continue
-            for (entry, _), result in zip(taken, results, strict=True):
-                self._done(entry, result)
+            for entry, result in zip(taken, results, strict=True):
+                if isinstance(result, InputLost):
+                    self._fail(entry, result)
+                else:
+                    self._done(entry, result)

@@ -69,7 +69,8 @@ PATIENCE_S = 30.0
 
 
 class Exporter:
-    """The producer's side, for results of one shape. ring_windows: slots of its ring, where it is on a GPU."""
+    """The producer's side, for results of one shape. ring_windows: slots of its ring, where it is on a GPU. In two
+    steps, because who waits must not keep the GPU from those that it waits for."""
 
     def __init__(self, device: torch.device, ring_windows: int):
         self._kept: deque[tuple[float, StoredDescriptor]] = deque()
@@ -77,18 +78,27 @@ class Exporter:
         self._gpu = gpu_of(device)
         self._ring: Ring | None = None
 
-    def __call__(self, tensors: Tensor, consumers: Sequence[Collection[str]]) -> list[Descriptor]:
-        """tensors: [n, …]; consumers: for each, the GPUs on which the next stage can take it. Blocks."""
-        return [self._export(tensor, gpus) for tensor, gpus in zip(tensors, consumers, strict=True)]
+    def begin(self, tensors: Tensor, consumers: Sequence[Collection[str]]) -> list[Descriptor | None]:
+        """Puts results into the ring, in the current stream's order, as far as it has room; None for the others.
 
-    def _export(self, tensor: Tensor, gpus: Collection[str]) -> Descriptor:
-        if self._gpu is not None and self._gpu in gpus:
-            if self._ring is None:
-                self._ring = Ring(self._ring_windows, tensor.shape, tensor.dtype, self._device)
-            descriptor = self._ring.put(tensor, patience_s=RING_PATIENCE_S)
-            if descriptor is not None:
-                return descriptor
-        return self._keep(export(tensor))
+        tensors: [n, …]; consumers: for each, the GPUs on which the next stage can take it."""
+        return [self._put(tensor, gpus, patience_s=0.0) for tensor, gpus in zip(tensors, consumers, strict=True)]
+
+    def finish(
+        self, tensors: Tensor, consumers: Sequence[Collection[str]], begun: Sequence[Descriptor | None]
+    ) -> list[Descriptor]:
+        """All results' descriptors: those that ``begin`` gave, and for the others now. Blocks."""
+        return [
+            descriptor or self._put(tensor, gpus, patience_s=RING_PATIENCE_S) or self._keep(export(tensor))
+            for tensor, gpus, descriptor in zip(tensors, consumers, begun, strict=True)
+        ]
+
+    def _put(self, tensor: Tensor, gpus: Collection[str], *, patience_s: float) -> RingDescriptor | None:
+        if self._gpu is None or self._gpu not in gpus:
+            return None
+        if self._ring is None:
+            self._ring = Ring(self._ring_windows, tensor.shape, tensor.dtype, self._device)
+        return self._ring.put(tensor, patience_s=patience_s)
 
     def _keep(self, descriptor: StoredDescriptor) -> StoredDescriptor:
         now = time.monotonic()
@@ -98,32 +108,63 @@ class Exporter:
         return descriptor
 
 
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """An input on its way. in_ring: it comes with the engine's next ``Receiver.read_rings``, else by itself."""
+
+    future: concurrent.futures.Future[Input | InputLost]
+    in_ring: bool
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Will whoever begins now not have to wait for it?"""
+        return self.in_ring or self.future.done()
+
+
 class Receiver:
     """The consumer's side."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._rings: RingReader | None = None
-        # a reader belongs to one thread, and waits for copies there: the engine's goes on
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="receive")
+        self._in_rings: deque[tuple[RingDescriptor, concurrent.futures.Future[Input | InputLost]]] = deque()
+        self._fetches: set[asyncio.Task[None]] = set()
 
-    async def __call__(self, descriptors: Sequence[Descriptor]) -> list[Input | InputLost]:
-        """Fetches what the descriptors name, or says InputLost in its place."""
-        in_rings = [d for d in descriptors if isinstance(d, RingDescriptor)]
-        stored = [_fetch(d) for d in descriptors if isinstance(d, StoredDescriptor)]
-        reading = asyncio.get_running_loop().run_in_executor(self._thread, self._read, in_rings)
-        copied, fetched = (iter(inputs) for inputs in await asyncio.gather(reading, asyncio.gather(*stored)))
-        return [next(copied if isinstance(d, RingDescriptor) else fetched) for d in descriptors]
+    def __call__(self, descriptor: Descriptor) -> Incoming:
+        """Fetches what the descriptor names; on the event loop."""
+        future: concurrent.futures.Future[Input | InputLost] = concurrent.futures.Future()
+        if isinstance(descriptor, RingDescriptor):
+            self._in_rings.append((descriptor, future))
+            return Incoming(future, in_ring=True)
+        fetch = asyncio.get_running_loop().create_task(_fetch(descriptor, future))
+        self._fetches.add(fetch)
+        fetch.add_done_callback(self._fetches.discard)
+        return Incoming(future, in_ring=False)
 
-    def _read(self, descriptors: Sequence[RingDescriptor]) -> list[Tensor | InputLost]:
-        if not descriptors:
-            return []
+    def read_rings(self) -> None:
+        """Copies all that is in rings; on the engine's thread, which should have its turn on the GPU: a copy beside
+        another process's work costs that one or two milliseconds. Blocks."""
+        due = [self._in_rings.popleft() for _ in range(len(self._in_rings))]
+        if not due:
+            return
         if self._rings is None:
             self._rings = RingReader(self._device)
-        return self._rings.read(descriptors)
+        try:
+            read = self._rings.read([descriptor for descriptor, _ in due])
+        except torch.OutOfMemoryError as error:
+            read = [InputLost(f"there was no memory for the input: {error}")] * len(due)
+        for (_, future), received in zip(due, read, strict=True):
+            future.set_result(received)
 
 
-async def _fetch(descriptor: StoredDescriptor) -> Array | InputLost:
+async def _fetch(descriptor: StoredDescriptor, future: concurrent.futures.Future[Input | InputLost]) -> None:
+    try:
+        future.set_result(await _stored(descriptor))
+    except Exception as error:
+        future.set_exception(error)
+
+
+async def _stored(descriptor: StoredDescriptor) -> Array | InputLost:
     try:
         async with asyncio.timeout(PATIENCE_S):
             array: Array = await descriptor.ref

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Any
 
 import torch
 
@@ -13,7 +14,19 @@ from serve_app.batching.feedback import FeedbackSettings
 from serve_app.batching.messages import Event, StageCall
 from serve_app.settings import StageSettings
 from serve_app.stages.replica import BatchStage
-from serve_app.stages.transport import Input
+from serve_app.stages.transport import Descriptor, Input
+
+
+class Returned:
+    """Results travel in the answers themselves, as tuples of numbers."""
+
+    def begin(self, tensors: torch.Tensor, consumers: Sequence[Collection[str]]) -> list[Descriptor | None]:
+        return [None] * len(tensors)
+
+    def finish(
+        self, tensors: torch.Tensor, consumers: Sequence[Collection[str]], begun: Sequence[Descriptor | None]
+    ) -> list[Any]:
+        return [tuple(result) for result in tensors.tolist()]
 
 
 class ObedientStage(BatchStage):
@@ -29,7 +42,7 @@ class ObedientStage(BatchStage):
         # a budget of its windows' cost, which stays
         bounds = self.bounds(FeedbackSettings(enabled=False), least=1, most=budget)
         self._follow_load(FeedbackSettings(enabled=False), bounds)
-        self.export = lambda results, consumers: [tuple(result) for result in results.tolist()]
+        self.export = Returned()
 
     async def process(self, call: StageCall, *, replica: str | None = None) -> AsyncIterator[list[Event]]:
         if self._breaks > 0:

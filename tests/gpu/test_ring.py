@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from serve_app.batching.messages import InputLost
-from serve_app.stages.ring import Ring, RingDescriptor, RingReader
+from serve_app.stages.ring import Ring, RingDescriptor, RingReader, gpu_of
+from serve_app.stages.transport import Exporter, Receiver
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,6 +96,41 @@ def test_a_sender_killed_in_mid_copy_harms_nobody(sender: tuple[ForkServerProces
     other.join()
     assert isinstance(read, Tensor)
     assert torch.equal(read, content(number))
+
+
+def export(connection: Connection) -> None:
+    """Exports three results at once through a ring for two: what it can begin, then what it can finish."""
+    device = torch.device("cuda")
+    exporter = Exporter(device, ring_windows=2)
+    results = torch.stack([content(i) for i in range(3)])
+    consumers = [{gpu_of(device) or ""}] * 3
+    begun = exporter.begin(results, consumers)
+    connection.send(begun)
+    connection.send(exporter.finish(results, consumers, begun))
+    connection.recv()
+
+
+def test_a_full_ring_waits_until_its_windows_are_read() -> None:
+    ours, theirs = START.Pipe()
+    sender = START.Process(target=export, args=(theirs,), daemon=True)
+    sender.start()
+    begun = ours.recv()
+    assert [isinstance(descriptor, RingDescriptor) for descriptor in begun] == [True, True, False]
+    receive = Receiver(torch.device("cuda"))
+    incoming = [receive(descriptor) for descriptor in begun[:2]]
+    assert all(each.is_at_hand and not each.future.done() for each in incoming)
+    assert not ours.poll(0.3)
+    receive.read_rings()
+    finished = ours.recv()
+    assert finished[:2] == begun[:2]
+    incoming.append(receive(finished[2]))
+    receive.read_rings()
+    for i, each in enumerate(incoming):
+        received = each.future.result(timeout=0)
+        assert isinstance(received, Tensor)
+        assert torch.equal(received, content(i))
+    sender.kill()
+    sender.join()
 
 
 def receive_and_die(descriptors: list[RingDescriptor], ready: Connection, taken: int) -> None:

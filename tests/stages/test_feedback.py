@@ -16,6 +16,7 @@ from serve_app.engine.options import Priority
 from serve_app.settings import StageSettings
 from serve_app.stages.replica import BatchStage
 from serve_app.stages.transport import Input, StoredDescriptor
+from tests.batching.obedient import Returned
 
 SLEEP_S = 0.3
 MOST = 8
@@ -29,7 +30,7 @@ class SleepingStage(BatchStage):
     def __init__(self, settings: FeedbackSettings):
         super().__init__(StageSettings(), torch.device("cpu"))
         self.sizes: list[int] = []
-        self.export = lambda results, consumers: list(results)
+        self.export = Returned()
         self._follow_load(settings, self.bounds(settings, least=1, most=MOST))
 
     def _batch(self, inputs: list[Input]) -> torch.Tensor:

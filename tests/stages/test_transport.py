@@ -22,7 +22,10 @@ def test_a_producer_keeps_what_it_has_just_exported(ray_cluster: int, monkeypatc
     export = Exporter(torch.device("cpu"), ring_windows=0)
 
     def exported(count: int) -> list[Any]:
-        return export(torch.zeros(count, 3), [()] * count)
+        tensors, consumers = torch.zeros(count, 3), [()] * count
+        begun = export.begin(tensors, consumers)
+        assert begun == [None] * count  # there is no ring on a CPU
+        return export.finish(tensors, consumers, begun)
 
     first, second = exported(2)
     assert isinstance(first, StoredDescriptor)
@@ -33,6 +36,15 @@ def test_a_producer_keeps_what_it_has_just_exported(ray_cluster: int, monkeypatc
     now += transport.KEPT_S * 0.75
     (fourth,) = exported(1)
     assert [descriptor for _, descriptor in export._kept] == [third, fourth]
+
+
+async def received(descriptors: list[StoredDescriptor]) -> list[Any]:
+    receive = Receiver(torch.device("cpu"))
+    incoming = [receive(descriptor) for descriptor in descriptors]
+    assert not any(each.in_ring or each.is_at_hand for each in incoming)
+    inputs = await asyncio.gather(*(asyncio.wrap_future(each.future) for each in incoming))
+    assert all(each.is_at_hand for each in incoming)
+    return inputs
 
 
 def test_an_input_that_does_not_come_is_lost(ray_cluster: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,9 +58,7 @@ def test_an_input_that_does_not_come_is_lost(ray_cluster: int, monkeypatch: pyte
     here = export(torch.ones(3))
     try:
         began = time.monotonic()
-        inputs = asyncio.run(
-            Receiver(torch.device("cpu"))([StoredDescriptor(pending), here, StoredDescriptor(pending)])
-        )
+        inputs = asyncio.run(received([StoredDescriptor(pending), here, StoredDescriptor(pending)]))
         assert time.monotonic() - began < 5  # they are waited for together
     finally:
         ray.cancel(pending, force=True)

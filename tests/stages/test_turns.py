@@ -10,22 +10,25 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.batching.feedback import FeedbackSettings
-from serve_app.batching.messages import Done, StageCall, StageWindow
+from serve_app.batching.messages import Done, Event, Failed, InputLost, StageCall, StageWindow
 from serve_app.engine.checkpoint import load
 from serve_app.engine.encoder import Encoder
 from serve_app.engine.features import LogMel
 from serve_app.engine.options import DecodeOptions
 from serve_app.engine.precision import Compute
 from serve_app.settings import DecoderSettings, ModelSettings, Settings
+from serve_app.stages.board import Address
 from serve_app.stages.decoder import DecoderStage
+from serve_app.stages.ring import RingDescriptor
 from serve_app.stages.transport import StoredDescriptor
 from serve_app.stages.turns import LONGEST_S, GpuTurns, gives_way
 from tests.engine.conftest import SAMPLE, read_pcm
@@ -160,12 +163,103 @@ async def decode(stage: DecoderStage, *states: np.ndarray[Any, Any]) -> list[lis
     return [done[window.window_id] for window in windows]
 
 
-async def test_a_decoder_steps_between_the_turns_of_others(tmp_path: Path, turns: GpuTurns) -> None:
-    model, slots = ModelSettings(source="embedded:tiny.en", compute="float32"), DecoderSettings(slots=4, max_tokens=100)
-    stage = DecoderStage(Settings(model=model, decoder=slots).filled(on_gpu=False))
+def decoder_of(slots: int) -> DecoderStage:
+    model, decoder = (
+        ModelSettings(source="embedded:tiny.en", compute="float32"),
+        DecoderSettings(slots=slots, max_tokens=100),
+    )
+    return DecoderStage(Settings(model=model, decoder=decoder).filled(on_gpu=False))
+
+
+@pytest.fixture(scope="module")
+def states() -> list[np.ndarray[Any, Any]]:
+    """Of two windows of speech."""
     speech, compute = read_pcm(SAMPLE), Compute.resolve("cpu", "float32")
     log_mel = LogMel(80, compute)([speech[:400_000], speech[80_000:]])
-    states = list(Encoder(load("embedded:tiny.en"), compute)(log_mel).numpy())
+    return list(Encoder(load("embedded:tiny.en"), compute)(log_mel).numpy())
+
+
+async def test_a_decoder_goes_on_while_its_event_loop_is_busy(states: list[np.ndarray[Any, Any]]) -> None:
+    stage = decoder_of(4)
+    running = asyncio.create_task(decode(stage, *states))
+    await until(lambda: stage._slots.active == 2)
+    before = [slot.position for slot in stage._slots._slots]
+    time.sleep(0.3)  # noqa: ASYNC251
+    assert all(slot.position > at + 1 for slot, at in zip(stage._slots._slots, before, strict=True))
+    assert all(await running)
+
+
+async def test_more_windows_than_slots_enter_as_others_end(states: list[np.ndarray[Any, Any]]) -> None:
+    alone, stage = decoder_of(4), decoder_of(2)
+    expected = await decode(alone, *states)
+    assert await decode(stage, *states, *states, states[0]) == [*expected, *expected, expected[0]]
+    assert stage._slots.active == 0
+    assert not stage._running
+    assert not stage._entering
+
+
+class SlowRings:
+    """In place of ``RingReader``, which needs a GPU: inputs come into a ring while others are being read."""
+
+    contents: ClassVar[dict[int, torch.Tensor | InputLost]] = {}
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def read(self, descriptors: list[RingDescriptor]) -> list[torch.Tensor | InputLost]:
+        time.sleep(0.1)
+        return [self.contents[descriptor.slot] for descriptor in descriptors]
+
+
+async def test_what_comes_into_a_ring_while_it_is_read_enters_later(
+    states: list[np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = decoder_of(4)
+    expected = await decode(stage, *states)
+    monkeypatch.setattr("serve_app.stages.transport.RingReader", SlowRings)
+    lost = InputLost("its producer has died")
+    SlowRings.contents = {i: torch.from_numpy(states[i % 2]) if i != 3 else lost for i in range(6)}
+
+    async def through_ring(slot: int) -> object:
+        await asyncio.sleep(0.04 * slot)
+        descriptor = RingDescriptor("GPU-0", Address(0, 0, b""), slot, 1, (1500, 384), torch.float32)
+        options = DecodeOptions(language="en", temperatures=(0.0,))
+        window = StageWindow(f"ring {slot}", descriptor, 1.0, time.time() + PATIENCE_S, options=options)
+        [event] = [event async for events in stage.process(StageCall([window])) for event in events]
+        return event.result.tokens if isinstance(event, Done) else cast(Failed, event).error
+
+    async with asyncio.timeout(PATIENCE_S):
+        outcomes = await asyncio.gather(*(through_ring(slot) for slot in range(6)))
+    assert outcomes == [expected[0], expected[1], expected[0], lost, expected[0], expected[1]]
+
+
+async def test_a_batch_goes_without_those_whose_input_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.stages.transport.RingReader", SlowRings)
+    lost = InputLost("its producer has died")
+    SlowRings.contents = {0: torch.zeros(1), 1: lost, 2: torch.zeros(1)}
+    stage = SleepingStage(FeedbackSettings(enabled=False))
+
+    async def run_all(slots: list[int]) -> list[object]:
+        descriptors = [RingDescriptor("GPU-0", Address(0, 0, b""), slot, 1, (1,), torch.float32) for slot in slots]
+        windows = [StageWindow(f"{d.slot}", d, 1.0, time.time() + PATIENCE_S) for d in descriptors]
+        events = [event async for events in stage.process(StageCall(windows)) for event in events]
+        return [event.error if isinstance(event, Failed) else type(event) for event in sorted(events, key=name_of)]
+
+    assert await run_all([0, 1, 2]) == [Done, lost, Done]
+    assert stage.sizes == [2]
+    assert await run_all([1]) == [lost]
+    assert stage.sizes == [2]
+
+
+def name_of(event: Event) -> str:
+    assert isinstance(event, Done | Failed)
+    return event.window_id
+
+
+async def test_a_decoder_steps_between_the_turns_of_others(
+    tmp_path: Path, turns: GpuTurns, states: list[np.ndarray[Any, Any]]
+) -> None:
+    stage = decoder_of(4)
     undisturbed = await decode(stage, *states)
     stage._turns = GpuTurns("GPU-0", tmp_path)  # as on a GPU
     running = asyncio.create_task(decode(stage, *states))
