@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loadtest.gpu import account
-from loadtest.gpu.account import Setting, uploaded_before, uploaded_meanwhile
+from loadtest.gpu.account.__main__ import PARTS
+from loadtest.gpu.account.attention import launch_plain
+from loadtest.gpu.account.comparison import Setting
+from loadtest.gpu.account.uploads import uploaded_before, uploaded_meanwhile
 from loadtest.gpu.work import MODELS
 
 pytestmark = [
@@ -32,11 +34,11 @@ def test_batches_uploaded_meanwhile_give_the_same_results() -> None:
 
 
 def test_the_plain_kernels_are_right_where_they_are_counted() -> None:
-    account.launch_plain()
+    launch_plain()
 
 
 @pytest.mark.parametrize("part", ["python", "mapped"])
 def test_parts_of_single_kernels_have_figures(part: str) -> None:
-    rows = account.PARTS[part](Setting(MODELS["turbo"], "cuda", windows=1, seconds=60))
+    rows = PARTS[part](Setting(MODELS["turbo"], "cuda", windows=1, seconds=60))
     assert rows
     assert all(row.times > 0 for row in rows)
