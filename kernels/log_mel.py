@@ -167,13 +167,16 @@ def lay_out(lengths: Sequence[int], dtype: torch.dtype) -> tuple[list[int], int]
 
 def pack(windows: Sequence[Tensor], *, pin_memory: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Windows [n] each, int16 or float32 → samples, offsets and lengths in host memory, as the kernel takes them (the
-    last two have to be moved to the GPU). pin_memory: page-locked, so that the GPU can read the samples in place."""
+    last two have to be moved to the GPU). pin_memory: page-locked, so that the GPU can read the samples in place, and
+    the host need not wait for the others' move."""
     dtype = windows[0].dtype
-    offsets, size = lay_out([len(w) for w in windows], dtype)
+    lengths = [len(w) for w in windows]
+    offsets, size = lay_out(lengths, dtype)
     samples = torch.zeros(size, dtype=dtype, pin_memory=pin_memory)
     for offset, window in zip(offsets, windows, strict=True):
         samples[offset : offset + len(window)] = window
-    return samples, torch.tensor(offsets), torch.tensor([len(w) for w in windows], dtype=torch.int32)
+    begins = torch.tensor(offsets, dtype=torch.int64, pin_memory=pin_memory)
+    return samples, begins, torch.tensor(lengths, dtype=torch.int32, pin_memory=pin_memory)
 
 
 # ---- launcher ----

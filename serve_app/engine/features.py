@@ -22,12 +22,13 @@ class LogMel:
         self.filters = torch.from_numpy(mel_filters(n_mels)).to(compute.device)
         self.hann = torch.hann_window(N_FFT, device=compute.device)
         self._kernel = LogMelKernel(n_mels, compute.device) if compute.has_kernels else None
+        self._reading: tuple[Tensor, torch.cuda.Event] | None = None  # samples, and when they are no longer needed
 
     @torch.inference_mode()
     def __call__(self, windows: list[np.ndarray]) -> Tensor:
         """windows: int16 [n] each, 0 < n ≤ 480,000, 16 kHz mono → [len(windows), n_mels, 3000].
 
-        A window shorter than 30 s is padded with silence.
+        A window shorter than 30 s is padded with silence. On a GPU the result is there once the stream has come so far.
         """
         longest = max(len(w) for w in windows)
         if longest > WINDOW_SAMPLES or min(len(w) for w in windows) == 0:
@@ -36,9 +37,15 @@ class LogMel:
             return self._plain(windows, longest)
         # the kernel reads the samples where they are, in pinned memory of the host
         samples, offsets, lengths = pack([as_tensor(window) for window in windows], pin_memory=True)
+        if self._reading is not None:
+            self._reading[1].synchronize()  # the last call's samples go now
         device = self.compute.device
-        features = self._kernel(samples, offsets.to(device), lengths.to(device), dtype=torch.float16)
-        torch.cuda.current_stream().synchronize()  # until then they must stay
+        # without a wait in between: where other processes are on the GPU, each lasts several of its time slices
+        offsets, lengths = offsets.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
+        features = self._kernel(samples, offsets, lengths, dtype=torch.float16)
+        read = torch.cuda.Event(blocking=True)
+        read.record()
+        self._reading = samples, read
         return features
 
     def _plain(self, windows: list[np.ndarray], longest: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from serve_app.engine import memory, work
@@ -41,7 +42,8 @@ class FeaturesStage(BatchStage):
 
     def _full_batch(self) -> float:
         windows = int(self.budget) // WINDOW_SAMPLES
-        self._log_mel([np.zeros(WINDOW_SAMPLES, np.int16)] * windows)  # it waits for the GPU
+        self._log_mel([np.zeros(WINDOW_SAMPLES, np.int16)] * windows)
+        torch.cuda.synchronize(self._log_mel.compute.device)
         return windows * WINDOW_SAMPLES / SAMPLE_RATE
 
     def _batch(self, inputs: list[Input]) -> Tensor:
