@@ -9,19 +9,11 @@ import torch
 
 from kernels.next_token import Field, NextToken, new_state
 from loadtest.dataset import Recording
-from loadtest.gpu import fidelity
-from loadtest.gpu.fidelity import (
-    Engine,
-    Mistake,
-    Reference,
-    Right,
-    System,
-    Window,
-    compare,
-    count,
-    forced_states,
-    margin,
-)
+from loadtest.gpu.fidelity import __main__ as fidelity
+from loadtest.gpu.fidelity.__main__ import Outcome, compare, goals
+from loadtest.gpu.fidelity.counting import Mistake, System, count, error_rate, margin
+from loadtest.gpu.fidelity.engine import Engine, forced_states
+from loadtest.gpu.fidelity.reference import Reference, Right, Window
 from serve_app.engine.checkpoint import Checkpoint, load
 from serve_app.engine.precision import Compute
 from serve_app.engine.rules import rules_of
@@ -74,8 +66,10 @@ def test_states_made_by_hand_are_those_that_decoding_leaves(multilingual: bool, 
 
 def test_both_choose_openai_whispers_tokens_in_float32(tiny: Checkpoint, speech: np.ndarray) -> None:
     cut = [[speech[:64_000], speech[64_000:128_000]], [speech[100_000:180_000]]]
-    ours, theirs = compare(tiny, [recording("two"), recording("one")], cut, CPU, slots=2)
-    for system in (ours, theirs):
+    outcome = compare(tiny, [recording("two"), recording("one")], cut, CPU, slots=2)
+    assert outcome.texts == outcome.right_texts
+    assert {file: len(texts) for file, texts in outcome.texts.items()} == {"two": 2, "one": 1}
+    for system in (outcome.ours, outcome.theirs):
         assert system.windows == system.free == 3
         assert system.positions == system.forced > 20
         assert system.mistakes == []
@@ -83,7 +77,7 @@ def test_both_choose_openai_whispers_tokens_in_float32(tiny: Checkpoint, speech:
 
 
 def test_what_is_wrong_is_listed_with_the_margin_in_float32(tiny: Checkpoint, speech: np.ndarray) -> None:
-    window = Window("sample#0", speech[:160_000], "en", None)
+    window = Window("sample#0", "sample", speech[:160_000], "en", None)
     right = Reference(tiny, CPU).right(window)
     engine = Engine(tiny, Compute.resolve("cpu", "float32"), slots=1)
     states = engine.encode([window])
@@ -96,7 +90,7 @@ def test_what_is_wrong_is_listed_with_the_margin_in_float32(tiny: Checkpoint, sp
     assert min(system.margins) > 0
     assert not system.reached
     # the mistakes leave no trace: the slot decodes the window as if nothing had been
-    assert engine.free([window], states) == [right.chosen[:-1]]
+    assert [result.tokens for result in engine.free([window], states)] == [right.chosen[:-1]]
 
 
 def test_a_margin_between_tokens_of_one_kind_is_that_of_their_logits() -> None:
@@ -122,11 +116,45 @@ def test_both_goals_count(forced: int, free: int, reached: bool) -> None:
     assert System("ours", 1000, forced, 100, free).reached is reached
 
 
+WORDS = 1000  # of a reference
+
+
+def wrong(words: int) -> str:
+    """The reference with so many words left out."""
+    return " ".join(["word"] * (WORDS - words))
+
+
+@pytest.mark.parametrize(
+    ("forced", "theirs_forced", "wrong_words", "missed"),
+    [
+        (999, 999, 3, set()),
+        (999, 1000, 0, {"no worse than openai-whisper's FP16"}),
+        (997, 990, 0, {"forced at least 99.8 %, free at least 97 %"}),
+        (999, 999, 4, {"word error rate within 0.3 points"}),
+    ],
+)
+def test_every_goal_counts(forced: int, theirs_forced: int, wrong_words: int, missed: set[str]) -> None:
+    made = [recording("a"), replace(recording("b"), scored=False)]
+    made[0] = replace(made[0], text=wrong(0))
+    texts = {"a": [wrong(10 + wrong_words), ""], "b": ["unscored"]}
+    right_texts = {"a": [wrong(500), wrong(510)], "b": [""]}
+    outcome = Outcome(
+        System("ours", 1000, forced, 100, 98), System("theirs", 1000, theirs_forced, 100, 98), texts, right_texts
+    )
+    rates = error_rate(made, texts), error_rate(made, right_texts)
+    assert (rates[0].words, rates[0].errors, rates[1].errors) == (WORDS, 10 + wrong_words, 10)
+    assert {goal for goal, reached in goals(outcome, rates).items() if not reached} == missed
+
+
 def test_the_verdict_is_the_exit_status(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shared_audio: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    missed = System("ours", 1000, 990, 100, 97, [Mistake("a#0", 3, " one", "<|0.02|>", 0.01)])
-    monkeypatch.setattr(fidelity, "compare", lambda *_: [missed, System("theirs", 1000, 999, 100, 98)])
+    def compared(checkpoint: Checkpoint, recordings: list[Recording], *_: object) -> Outcome:
+        missed = System("ours", 1000, 990, 100, 97, [Mistake("a#0", 3, " one", "<|0.02|>", 0.01)])
+        texts = {r.file: [r.text] for r in recordings}
+        return Outcome(missed, System("theirs", 1000, 999, 100, 98), texts, texts)
+
+    monkeypatch.setattr(fidelity, "compare", compared)
     out = tmp_path / "fidelity.json"
     options = ["--device", "cpu", "--model", "embedded:tiny.en", "--files", "1", "--json", str(out)]
     assert fidelity.main([*options, "--audio", str(shared_audio)]) == 1
@@ -137,7 +165,7 @@ def test_the_verdict_is_the_exit_status(
 
 
 def test_right_tokens_come_with_the_end(tiny: Checkpoint, speech: np.ndarray) -> None:
-    right: Right = Reference(tiny, CPU).right(Window("a", speech[:64_000], "en", None))
+    right: Right = Reference(tiny, CPU).right(Window("a", "a", speech[:64_000], "en", None))
     assert right.chosen[-1] == Tokens(tiny.dims).vocabulary.end
     assert right.logits.argmax(dim=1).tolist() == right.chosen
     assert right.logits.shape == (len(right.best_text), tiny.dims.n_vocab)

@@ -1,0 +1,1 @@
+"""Tokens on real weights and speech; ``__main__`` says what is compared."""
