@@ -12,6 +12,7 @@ folder=$(realpath -m "${1:-${TMPDIR:-/tmp}/sanitize}"); shift || true
 tools=("${@:-memcheck racecheck synccheck}")
 kernels=(add_layer_norm bias_gelu embed encoder_attention latent_attention linear log_mel next_token persistent_step self_attention)
 mkdir -p "$folder"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}  # of PyTorch on the CPU, in each of the runs
 export FILTER=$(printf -- '--kernel-name kns=%s ' "${kernels[@]}") FOLDER=$folder SELECT=${SELECT:-} LIMIT=${LIMIT:-500}
 
 one() {
