@@ -82,7 +82,7 @@ class Ring:
             )
         give_up = time.monotonic() + patience_s
         while (lent := self._board.acquire(now := time.monotonic())) is None:
-            if now > give_up:
+            if now >= give_up:
                 return None
             time.sleep(0.001)
         slot, sequence = lent
