@@ -111,9 +111,11 @@ def export(connection: Connection) -> None:
 
 
 def test_a_full_ring_waits_until_its_windows_are_read() -> None:
+    content(0)  # this process is on the GPU before the sender's patience begins
     ours, theirs = START.Pipe()
     sender = START.Process(target=export, args=(theirs,), daemon=True)
     sender.start()
+    theirs.close()  # so that its death is heard of
     begun = ours.recv()
     assert [isinstance(descriptor, RingDescriptor) for descriptor in begun] == [True, True, False]
     receive = Receiver(torch.device("cuda"))
