@@ -165,6 +165,12 @@ STAGE_BUSY = Gauge("whisper_stage_busy", "share", _REPLICA, "Share of the last s
 STAGE_GPU_SHARE = Gauge(
     "whisper_stage_gpu_share", "share", _REPLICA, "Share of the last second in which its work held the GPU."
 )
+STAGE_TURN = Gauge(
+    "whisper_stage_turn", "share", _REPLICA, "Share of the last second in which it had the turn on its GPU."
+)
+STAGE_TURN_WAIT = Gauge(
+    "whisper_stage_turn_wait", "share", _REPLICA, "Share of the last second in which it waited for its turn."
+)
 STAGE_SATURATION = Gauge(
     "whisper_stage_saturation",
     "share",

@@ -123,8 +123,8 @@ class DecoderStage(StageReplica):
         done = _Progress(time.monotonic())
         try:
             while self._entering or self._slots.active:
-                if self._turns is not None:
-                    self._turns.take()
+                if self.turns is not None:
+                    self.turns.take()
                 self._enter(loop)
                 self._stint(done)
                 if self._gives_way() or not self._slots.active:
@@ -134,8 +134,8 @@ class DecoderStage(StageReplica):
                     loop.call_soon_threadsafe(self._tell, done, now - done.since)
                     done = _Progress(now)
         finally:
-            if self._turns is not None and self._turns.held:  # after an error
-                self._turns.give()
+            if self.turns is not None and self.turns.held:  # after an error
+                self.turns.give()
 
     def _enter(self, loop: asyncio.AbstractEventLoop) -> None:
         """Frees the slots of windows that nobody waits for any more, and fills free ones."""
@@ -184,7 +184,7 @@ class DecoderStage(StageReplica):
         self._changed.set()
 
     def _gives_way(self) -> bool:
-        turns = self._turns
+        turns = self.turns
         if turns is None or not turns.wanted:
             return False
         waiting, slots = len(self._queue) + len(self._entering), self._info.slots
@@ -193,10 +193,10 @@ class DecoderStage(StageReplica):
 
     def _leave_gpu(self) -> list[tuple[str, DecodedWindow]]:
         """Ends the turn on the GPU, if there is one; what was on its way may finish windows."""
-        if self._turns is None or not self._turns.held:
+        if self.turns is None or not self.turns.held:
             return []
         finished = self._slots.settle()
-        self._turns.give()
+        self.turns.give()
         return finished
 
     def _full_steps(self) -> float:

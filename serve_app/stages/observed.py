@@ -13,6 +13,7 @@ from serve_app import metrics
 from serve_app.scaling.nvml import GpuReader, GpuSample
 from serve_app.scaling.readings import ReplicaReading
 from serve_app.scaling.signals import Observer, Period, StageMeter
+from serve_app.stages.turns import GpuTurns
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Observed(Protocol):
     stage: str
     meter: StageMeter
     budget: float
+    turns: GpuTurns | None
 
     @property
     def budget_at_bound(self) -> bool: ...
@@ -53,6 +55,7 @@ class StageObserver:
         self._gpu_labels = {**self._labels, "gpu": gpu or "cpu"}
         self._sample: GpuSample | None = None
         self._period = Period(0.0)
+        self._turned = time.monotonic(), (0.0, 0.0)  # when turns were last looked at, and what was spent by then
         metrics.start_stage(replica.stage)
         self._observer = Observer(self._observe)
 
@@ -92,6 +95,7 @@ class StageObserver:
         self._period = self._replica.meter.take()
         self._record_gpu(self._sample, self._period)
         self._record_period(self._period)
+        self._record_turns()
         self._record_state()
 
     def _record_gpu(self, sample: GpuSample | None, period: Period) -> None:
@@ -128,6 +132,16 @@ class StageObserver:
         metrics.STAGE_AUDIO.add(period.audio_s, stage=stage)
         metrics.STAGE_OPERATIONS.add(period.operations, stage=stage)
         metrics.TOKENS.add(period.tokens, stage=stage)
+
+    def _record_turns(self) -> None:
+        turns = self._replica.turns
+        if turns is None:
+            return
+        before, spent_before = self._turned
+        self._turned = now, spent = time.monotonic(), turns.spent()
+        waited, held = (min(1.0, (b - a) / (now - before)) for a, b in zip(spent_before, spent, strict=True))
+        metrics.STAGE_TURN_WAIT.set(waited, **self._labels)
+        metrics.STAGE_TURN.set(held, **self._labels)
 
     def _record_state(self) -> None:
         now, queue = time.time(), self._replica.queue_state()

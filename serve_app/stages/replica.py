@@ -104,7 +104,7 @@ class StageReplica(ABC):
         self.meter = StageMeter(on_gpu=device.type == "cuda")
         self._observer: StageObserver | None = None
         # for the engine's thread
-        self._turns = GpuTurns(self._gpu) if self._gpu is not None and self.fills_gpu else None
+        self.turns = GpuTurns(self._gpu) if self._gpu is not None and self.fills_gpu else None
         # One thread runs the engine, so that its work is ordered; the event loop stays free for calls.
         self._engine = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine")
         sys.setswitchinterval(ENGINE_WAITS_S)
@@ -260,14 +260,14 @@ class StageReplica(ABC):
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """The GPU's other stages wait meanwhile. What is launched inside must also end inside."""
-        if self._turns is None:
+        if self.turns is None:
             yield
             return
-        self._turns.take()
+        self.turns.take()
         try:
             yield
         finally:
-            self._turns.give()
+            self.turns.give()
 
     async def _run(self, work: Callable[..., T], *arguments: Any) -> T:
         """Runs a piece of the engine on its thread. A CUDA error ends the process: the device's state is lost, and

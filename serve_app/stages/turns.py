@@ -22,7 +22,7 @@ LONGEST_S = 0.1
 
 
 class GpuTurns:
-    """One process's side. For one thread.
+    """One process's side. For one thread, but for ``spent``.
 
     name: of the GPU, its UUID: all processes of one user that name the same take turns. folder: for the locks.
     """
@@ -32,6 +32,8 @@ class GpuTurns:
         folder.mkdir(mode=0o700, exist_ok=True)
         self._turn, self._next = (_lock_file(folder / f"{name}.{kind}") for kind in ("turn", "next"))
         self._since: float | None = None
+        self._wanted_since: float | None = None
+        self._waited_s = self._held_s = 0.0  # in turns that have ended, and waits
 
     @property
     def held(self) -> bool:
@@ -46,17 +48,26 @@ class GpuTurns:
         """Waits for the turn, unless it is held already."""
         if self.held:
             return
+        self._wanted_since = began = time.monotonic()
         fcntl.flock(self._next, fcntl.LOCK_EX)
         try:
             fcntl.flock(self._turn, fcntl.LOCK_EX)
         finally:
             fcntl.flock(self._next, fcntl.LOCK_UN)
-        self._since = time.monotonic()
+        now = time.monotonic()
+        self._wanted_since, self._waited_s = None, self._waited_s + now - began
+        self._since = now
 
     def give(self) -> None:
         """Ends the turn. What was launched on the GPU in it should have come to its end."""
-        self._since = None
+        self._held_s, self._since = self._held_s + self.held_s, None
         fcntl.flock(self._turn, fcntl.LOCK_UN)
+
+    def spent(self) -> tuple[float, float]:
+        """Seconds so far that it waited for turns, and that it had them."""
+        now, wanted, since = time.monotonic(), self._wanted_since, self._since
+        waiting, holding = (0.0 if begin is None else now - begin for begin in (wanted, since))
+        return self._waited_s + waiting, self._held_s + holding
 
     @property
     def wanted(self) -> bool:

@@ -23,6 +23,8 @@ OF_GPUS = (
     metrics.GPU_POWER,
     metrics.GPU_TEMPERATURE,
     metrics.STAGE_GPU_SHARE,
+    metrics.STAGE_TURN,
+    metrics.STAGE_TURN_WAIT,
 )
 """Metrics that an application without a GPU does not export."""
 

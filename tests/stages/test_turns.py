@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -18,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve_app import metrics
 from serve_app.batching.feedback import FeedbackSettings
 from serve_app.batching.messages import Done, Event, Failed, InputLost, StageCall, StageWindow
 from serve_app.engine.checkpoint import load
@@ -28,6 +30,7 @@ from serve_app.engine.precision import Compute
 from serve_app.settings import DecoderSettings, ModelSettings, Settings
 from serve_app.stages.board import Address
 from serve_app.stages.decoder import DecoderStage
+from serve_app.stages.observed import StageObserver
 from serve_app.stages.ring import RingDescriptor
 from serve_app.stages.transport import StoredDescriptor
 from serve_app.stages.turns import LONGEST_S, GpuTurns, gives_way
@@ -106,6 +109,34 @@ def test_who_gives_and_takes_again_comes_after_who_waits(turns: GpuTurns, other:
         assert given <= since <= until <= taken  # never both
 
 
+def test_what_was_spent_in_turns_and_waiting_for_them_is_known_at_any_time(
+    turns: GpuTurns, other: tuple[int, Connection]
+) -> None:
+    _, said = other
+    for _ in range(3):
+        assert _hears(said) == "wants"
+        for _ in range(2):
+            _hears(said)  # has, gives
+    assert _hears(said) == "keeps"
+    assert turns.spent() == (0.0, 0.0)
+    waiting = threading.Thread(target=turns.take)
+    waiting.start()
+    time.sleep(0.3)
+    waited, held = turns.spent()
+    assert (0.1 < waited < PATIENCE_S, held) == (True, 0.0)
+    os.kill(other[0], signal.SIGKILL)
+    waiting.join()
+    time.sleep(0.2)
+    waited_in_all, held = turns.spent()
+    assert waited_in_all >= waited
+    assert held > 0.1
+    turns.give()
+    _, held_in_all = turns.spent()
+    time.sleep(0.1)
+    assert held <= held_in_all == turns.spent()[1]
+    assert turns.spent()[0] == waited_in_all
+
+
 def test_a_dead_holders_turn_is_free(turns: GpuTurns, other: tuple[int, Connection]) -> None:
     pid, said = other
     while _hears(said) != "keeps":
@@ -137,7 +168,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def test_a_batch_waits_for_its_turn_and_gives_it_up_again(tmp_path: Path, turns: GpuTurns) -> None:
     stage = SleepingStage(FeedbackSettings(enabled=False))
-    stage._turns = GpuTurns("GPU-0", tmp_path)  # as on a GPU
+    stage.turns = GpuTurns("GPU-0", tmp_path)  # as on a GPU
     turns.take()
     done = asyncio.create_task(run(stage, [window("0")]))
     await until(lambda: turns.wanted)
@@ -145,8 +176,30 @@ async def test_a_batch_waits_for_its_turn_and_gives_it_up_again(tmp_path: Path, 
     turns.give()
     await done
     assert stage.sizes == [1]
-    assert not stage._turns.held
+    assert not stage.turns.held
     assert not turns.wanted
+
+
+def test_a_replica_tells_its_share_of_turns(turns: GpuTurns, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, list[float]] = {"held": [], "waited": []}
+    monkeypatch.setattr(metrics.STAGE_TURN, "set", lambda value, **_: told["held"].append(value))
+    monkeypatch.setattr(metrics.STAGE_TURN_WAIT, "set", lambda value, **_: told["waited"].append(value))
+    stage = SleepingStage(FeedbackSettings(enabled=False))
+    observer = StageObserver(stage, None)
+    observer._observer.stop()
+    observer._record_turns()
+    assert told == {"held": [], "waited": []}  # it takes none
+    stage.turns = turns
+    turns.take()
+    time.sleep(0.2)
+    observer._record_turns()
+    turns.give()
+    observer._record_turns()
+    time.sleep(0.2)
+    observer._record_turns()
+    assert 0 < told["held"][0] <= 1
+    assert told["held"][2] == 0
+    assert all(0 <= waited < 0.5 for waited in told["waited"])
 
 
 async def decode(stage: DecoderStage, *states: np.ndarray[Any, Any]) -> list[list[int]]:
@@ -261,7 +314,7 @@ async def test_a_decoder_steps_between_the_turns_of_others(
 ) -> None:
     stage = decoder_of(4)
     undisturbed = await decode(stage, *states)
-    stage._turns = GpuTurns("GPU-0", tmp_path)  # as on a GPU
+    stage.turns = GpuTurns("GPU-0", tmp_path)  # as on a GPU
     running = asyncio.create_task(decode(stage, *states))
     await until(lambda: stage._slots.active == 2)
     had = 0
@@ -275,8 +328,8 @@ async def test_a_decoder_steps_between_the_turns_of_others(
         await asyncio.sleep(0.05)
         assert [slot.position for slot in stage._slots._slots] == positions  # it stands still
         turns.give()
-        await until(lambda: stage._slots.active == 0 or turns.wanted or bool(stage._turns and stage._turns.held))
+        await until(lambda: stage._slots.active == 0 or turns.wanted or bool(stage.turns and stage.turns.held))
     assert await running == undisturbed
     assert had > 3  # in the middle of windows
-    await until(lambda: not cast(GpuTurns, stage._turns).held)
+    await until(lambda: not cast(GpuTurns, stage.turns).held)
     turns.take()  # a decoder without work does not keep it
