@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -235,9 +236,20 @@ async def test_leaving_early_ends_the_process(decoder: AudioDecoder) -> None:
     assert decoders() == []
 
 
+class Endless(io.BytesIO):
+    """A recording that goes on for as long as it is read, a second of it every 10 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(wav(noise(1), claimed_bytes=2**31))
+
+    def read(self, size: int | None = -1) -> bytes:
+        time.sleep(0.01)
+        return super().read(size) or noise(1).tobytes()
+
+
 async def test_a_cancelled_task_ends_its_process(decoder: AudioDecoder) -> None:
-    for delay in (0, 0.001, 0.003, 0.01, 0.03):
-        task = asyncio.create_task(collect(decoder, io.BytesIO(LONG)))
+    for delay in (0, 0.001, 0.003, 0.01, 0.03, 0.1):
+        task = asyncio.create_task(collect(decoder, Endless()))
         await asyncio.sleep(delay)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
