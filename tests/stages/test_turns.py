@@ -237,9 +237,22 @@ async def test_a_decoder_goes_on_while_its_event_loop_is_busy(states: list[np.nd
     running = asyncio.create_task(decode(stage, *states))
     await until(lambda: stage._slots.active == 2)
     before = [slot.position for slot in stage._slots._slots]
-    time.sleep(0.3)  # noqa: ASYNC251
+    time.sleep(0.3)  # noqa: ASYNC251 - the loop is to be busy
     assert all(slot.position > at + 1 for slot, at in zip(stage._slots._slots, before, strict=True))
     assert all(await running)
+
+
+async def test_all_the_time_in_steps_counts_for_feedback(
+    states: list[np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.stages.decoder.STINT_S", 0.2)  # many steps, as on a GPU
+    stage, told = decoder_of(4), []
+    monkeypatch.setattr(stage.feedback, "ran", lambda cost, seconds: told.append((cost, seconds)))
+    began = time.monotonic()
+    await decode(stage, *states)
+    took = time.monotonic() - began
+    assert 0.5 * took < sum(seconds for _, seconds in told) <= took
+    assert all(0 < cost <= 2 for cost, _ in told)
 
 
 async def test_more_windows_than_slots_enter_as_others_end(states: list[np.ndarray[Any, Any]]) -> None:
