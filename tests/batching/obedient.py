@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from serve_app.batching.messages import Event, StageCall
 from serve_app.settings import StageSettings
 from serve_app.stages.replica import BatchStage
 from serve_app.stages.transport import Descriptor, Input
+
+ENDS, RAISES, HOLDS = -1.0, -2.0, -3.0
 
 
 class Returned:
@@ -30,7 +33,8 @@ class Returned:
 
 
 class ObedientStage(BatchStage):
-    """Does what the input array says: [seconds] to sleep; -1 ends the process, -2 raises."""
+    """Does what the input array says: [seconds] to sleep, or one of the orders above: to end the process, to raise, or
+    to hold on until it is released."""
 
     stage = "encoder"
 
@@ -38,6 +42,7 @@ class ObedientStage(BatchStage):
         """breaks: so many calls end with an error that is no window's."""
         self._breaks = breaks
         self._hides_gpu = False
+        self._released = threading.Event()
         super().__init__(StageSettings(max_queued_windows=max_queued_windows), torch.device("cpu"))
         # a budget of its windows' cost, which stays
         bounds = self.bounds(FeedbackSettings(enabled=False), least=1, most=budget)
@@ -57,6 +62,9 @@ class ObedientStage(BatchStage):
         await asyncio.sleep(0.5)
         await self.cancel(window_ids)
 
+    async def release(self) -> None:
+        self._released.set()
+
     async def hide_gpu(self) -> None:
         """From the next who asks for it."""
         self._hides_gpu = True
@@ -69,9 +77,12 @@ class ObedientStage(BatchStage):
 
     def _batch(self, inputs: list[Input]) -> torch.Tensor:
         orders = [float(array[0]) for array in inputs]
-        if -1.0 in orders:
+        if ENDS in orders:
             os._exit(1)
-        if -2.0 in orders:
+        if RAISES in orders:
             raise ValueError("as ordered")
-        time.sleep(max(orders))
+        if HOLDS in orders:
+            self._released.wait()
+            self._released.clear()
+        time.sleep(max(0.0, *orders))
         return torch.tensor([(os.getpid(), len(orders)) for _ in orders])  # who did it, and the size of the batch

@@ -21,8 +21,9 @@ from serve_app.batching.handle import BatchingHandle
 from serve_app.batching.messages import StageWindow
 from serve_app.batching.router import StageRouter
 from serve_app.errors import DeadlineExceeded, TranscriptionFailed
+from serve_app.stages.replica import Occupancy
 from serve_app.stages.transport import export_samples
-from tests.batching.obedient import ObedientStage
+from tests.batching.obedient import ENDS, HOLDS, RAISES, ObedientStage
 
 Stage = DeploymentHandle[Any]
 
@@ -82,13 +83,33 @@ def window(order: float, *, timeout: float = 240, **fields: Any) -> StageWindow:
     return StageWindow(uuid.uuid4().hex, descriptor, 1.0, time.time() + timeout, **fields)
 
 
+async def until(stage: Stage, *, waiting: int, running: int) -> None:
+    """The stage's only replica holds so many windows."""
+    occupancy = stage.options(method_name="occupancy")
+    async with asyncio.timeout(120):
+        while await occupancy.remote() != Occupancy(waiting, running):
+            await asyncio.sleep(0.02)
+
+
+async def busy(stage: Stage, handle: BatchingHandle) -> asyncio.Task[Any]:
+    """A call whose window runs until the stage is released."""
+    call = asyncio.create_task(handle.call(window(HOLDS)))
+    await until(stage, waiting=0, running=1)
+    return call
+
+
+async def release(stage: Stage) -> None:
+    await stage.options(method_name="release").remote()
+
+
 async def test_windows_that_come_while_the_stage_is_busy_run_as_one_batch(stage: Stage) -> None:
     handle = await connect(stage)
-    first = asyncio.create_task(handle.call(window(0.5)))
-    await asyncio.sleep(0.2)
-    rest = await asyncio.gather(*(handle.call(window(0.05)) for _ in range(4)))
+    first = await busy(stage, handle)
+    rest = [asyncio.create_task(handle.call(window(0.0))) for _ in range(4)]
+    await until(stage, waiting=4, running=1)
+    await release(stage)
     assert (await first)[1] == 1
-    assert [size for _, size in rest] == [4, 4, 4, 4]
+    assert [size for _, size in await asyncio.gather(*rest)] == [4, 4, 4, 4]
 
 
 async def test_gpus_of_replicas_that_others_have_called_before_are_known(stage: Stage) -> None:
@@ -109,10 +130,12 @@ async def test_a_replica_that_did_not_tell_its_gpu_is_asked_again(stage: Stage) 
 
 async def test_windows_beyond_the_credit_wait_at_the_caller_and_all_are_done(stage: Stage) -> None:
     handle = await connect(stage, credit=3)
-    calls = [asyncio.create_task(handle.call(window(0.05))) for _ in range(12)]
-    await asyncio.sleep(0.01)
-    assert handle.waiting().windows >= 6
-    assert len(await asyncio.gather(*calls)) == 12
+    first = await busy(stage, handle)
+    calls = [asyncio.create_task(handle.call(window(0.0))) for _ in range(11)]
+    await until(stage, waiting=2, running=1)
+    assert handle.waiting().windows == 9
+    await release(stage)
+    assert len(await asyncio.gather(first, *calls)) == 12
 
 
 async def test_an_urgent_window_overtakes_in_the_replicas_queue(stage: Stage) -> None:
@@ -123,43 +146,46 @@ async def test_an_urgent_window_overtakes_in_the_replicas_queue(stage: Stage) ->
         await handle.call(window(0.3, **fields))
         order.append(name)
 
+    first = await busy(stage, handle)
     async with asyncio.TaskGroup() as group:
-        group.create_task(run("running"))
-        await asyncio.sleep(0.1)
         for number in range(8):
             group.create_task(run(f"calm {number}", priority="batch"))
-        await asyncio.sleep(0.1)
+        await until(stage, waiting=8, running=1)
         group.create_task(run("urgent", priority="interactive"))
+        await until(stage, waiting=9, running=1)
+        await release(stage)
+    await first
     # with the next batch of four, not after the eight that came before it
-    assert order.index("urgent") <= 4
+    assert order.index("urgent") <= 3
 
 
 async def test_a_window_whose_deadline_passes_is_given_up(stage: Stage) -> None:
     handle = await connect(stage)
-    blocker = asyncio.create_task(handle.call(window(1.0)))
-    await asyncio.sleep(0.1)
+    blocker = await busy(stage, handle)
+    late = asyncio.create_task(handle.call(window(0.0, timeout=0.3)))
+    await asyncio.sleep(0.4)
+    await release(stage)
     with pytest.raises(DeadlineExceeded):
-        await handle.call(window(0.0, timeout=0.3))
+        await late
     await blocker
 
 
 async def test_a_cancelled_call_takes_its_window_out_of_the_replica(stage: Stage) -> None:
     handle = await connect(stage)
-    blocker = asyncio.create_task(handle.call(window(0.6)))
-    await asyncio.sleep(0.1)
-    unwanted = asyncio.create_task(handle.call(window(60.0)))
-    await asyncio.sleep(0.1)
+    blocker = await busy(stage, handle)
+    unwanted = asyncio.create_task(handle.call(window(0.0)))
+    await until(stage, waiting=1, running=1)
     unwanted.cancel()
-    began = time.monotonic()
+    await until(stage, waiting=0, running=1)
+    await release(stage)
     await blocker
-    await handle.call(window(0.0))
-    assert time.monotonic() - began < 30
+    assert await handle.call(window(0.0))
 
 
 async def test_an_error_of_the_stage_is_its_windows_error_and_the_replica_goes_on(stage: Stage) -> None:
     handle = await connect(stage)
     with pytest.raises(ValueError, match="as ordered"):
-        await handle.call(window(-2.0))
+        await handle.call(window(RAISES))
     assert await handle.call(window(0.0))
 
 
@@ -208,7 +234,7 @@ async def test_a_window_that_kills_replicas_ends_in_an_error_after_two_and_the_o
     handle = await connect(three_replicas)
     before = {pid for pid, _ in await asyncio.gather(*(handle.call(window(0.2)) for _ in range(24)))}
     good = [asyncio.create_task(handle.call(window(0.3))) for _ in range(6)]
-    poison = asyncio.create_task(handle.call(window(-1.0)))
+    poison = asyncio.create_task(handle.call(window(ENDS)))
     with pytest.raises(TranscriptionFailed):
         await poison
     assert len(await asyncio.gather(*good)) == 6
