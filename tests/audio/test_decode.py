@@ -92,8 +92,9 @@ async def test_a_slow_consumer_holds_the_process_back(impatient: AudioDecoder) -
     async with contextlib.aclosing(impatient.decode(LONG)) as blocks:
         await anext(blocks)
         [process] = decoders()
-        await asyncio.sleep(0.3)
-        before = transferred(process)
+        before = -1
+        while before != (before := transferred(process)):  # until the pipes are full
+            await asyncio.sleep(0.5)
         await asyncio.sleep(2.5)  # longer than the stall timeout, which counts only while a block is wanted
         assert transferred(process) == before
         rest = [block async for block in blocks]

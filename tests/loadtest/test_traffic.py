@@ -23,19 +23,21 @@ async def test_replies_come_in_the_order_of_the_uploads() -> None:
 
 async def test_no_more_than_the_named_number_are_in_flight() -> None:
     lock, now, most = threading.Lock(), 0, 0
+    together = threading.Barrier(4)  # breaks where fewer come
 
     def transcribe(name: str, body: bytes) -> Answer:
         nonlocal now, most
         with lock:
             now += 1
             most = max(most, now)
-        time.sleep(0.02)
+        together.wait(timeout=60)
         with lock:
             now -= 1
         return 200, {"text": ""}
 
     with answering(transcribe) as url:
-        await traffic.transcribe_all(url, [Upload(str(i), b"") for i in range(12)], concurrency=4)
+        replies = await traffic.transcribe_all(url, [Upload(str(i), b"") for i in range(12)], concurrency=4)
+    assert all(reply.ok for reply in replies)
     assert most == 4
 
 
