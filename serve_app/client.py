@@ -12,7 +12,10 @@ and, over a dataset, with Ray Data:
 
 from __future__ import annotations
 
-import time
+import asyncio
+import concurrent.futures
+import functools
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +25,7 @@ import numpy as np
 import ray
 import ray.exceptions
 from ray import serve
-from ray.serve.handle import DeploymentResponse
+from ray.serve.exceptions import BackPressureError
 
 from serve_app.engine.options import TranscribeOptions
 from serve_app.engine.transcript import Transcript
@@ -33,6 +36,13 @@ Audio = str | Path | bytes | np.ndarray[Any, Any]
 
 ATTEMPTS = 3
 """How often a recording is sent when API replicas die with it; transcription is pure."""
+
+FULL_PAUSE_S = 1.0
+"""After so long a recording is sent again for which the replicas' queues had no room."""
+
+AHEAD = 64
+"""So many times as many recordings as may be under way can be done before one that came earlier is: its outcome comes
+first, and theirs are kept."""
 
 
 class Client:
@@ -52,21 +62,45 @@ class Client:
 
         Raises the errors of ``serve_app.errors``; waits and tries again where the application is overloaded.
         """
-        return _Job(self._transcribe, audio, sample_rate, _options(options)).result()
+        job = self._start(audio, sample_rate, _options(options))
+        try:
+            return job.result()
+        finally:
+            job.cancel()  # where the wait was interrupted
 
     def transcribe_many(
         self, audios: Iterable[Audio], *, sample_rate: int = 16_000, concurrency: int = 32, **options: Any
     ) -> Iterator[Transcript | ServiceError]:
         """Transcribes many recordings, ``concurrency`` at a time, and yields what became of each, in order: a recording
-        that cannot be transcribed yields its error, so that it does not end the others."""
-        checked = _options({"priority": "batch", **options})
+        that cannot be transcribed yields its error, so that it does not end the others, and one that takes long does
+        not keep later ones from being sent. Closing the iterator ends those under way."""
+        if concurrency < 1:
+            raise InvalidRequest(f"concurrency must be at least 1, got {concurrency}", param="concurrency")
+        return self._outcomes(audios, sample_rate, concurrency, _options({"priority": "batch", **options}))
+
+    def _outcomes(
+        self, audios: Iterable[Audio], sample_rate: int, concurrency: int, options: TranscribeOptions
+    ) -> Iterator[Transcript | ServiceError]:
+        room = threading.Semaphore(concurrency)
         jobs: deque[_Job] = deque()
-        for audio in audios:
-            if len(jobs) >= concurrency:
-                yield jobs.popleft().outcome()
-            jobs.append(_Job(self._transcribe, audio, sample_rate, checked))
-        while jobs:
-            yield jobs.popleft().outcome()
+        try:
+            for audio in audios:
+                while jobs and (jobs[0].done() or len(jobs) >= AHEAD * concurrency):
+                    yield _outcome(jobs.popleft())
+                room.acquire()
+                job = self._start(audio, sample_rate, options)
+                job.add_done_callback(lambda _: room.release())
+                jobs.append(job)
+            while jobs:
+                yield _outcome(jobs.popleft())
+        finally:
+            for job in jobs:
+                job.cancel()
+
+    def _start(self, audio: Audio, sample_rate: int, options: TranscribeOptions) -> _Job:
+        return asyncio.run_coroutine_threadsafe(
+            _transcribed(self._transcribe, audio, sample_rate, options), _event_loop()
+        )
 
 
 class BatchTranscriber:
@@ -103,50 +137,49 @@ def _options(options: dict[str, Any]) -> TranscribeOptions:
         raise InvalidRequest(f"unknown option: {error}") from None
 
 
-class _Job:
-    """One recording under way."""
+_Job = concurrent.futures.Future[Transcript]
 
-    def __init__(self, handle: Any, audio: Audio, sample_rate: int, options: TranscribeOptions):
-        self._handle, self._sample_rate, self._options = handle, sample_rate, options
-        self._audio: bytes | np.ndarray[Any, Any] | None = None
-        self._error: ServiceError | None = None
-        self._response: DeploymentResponse[Any]
+
+def _outcome(job: _Job) -> Transcript | ServiceError:
+    try:
+        return job.result()
+    except ServiceError as error:
+        return error
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Of all of this process's jobs, on a thread of its own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="transcription", daemon=True).start()
+    return loop
+
+
+async def _transcribed(handle: Any, audio: Audio, sample_rate: int, options: TranscribeOptions) -> Transcript:
+    """Sends a recording until it is answered. Cancelling it frees its place wherever it is."""
+    content = await asyncio.to_thread(_read, audio) if isinstance(audio, str | Path) else _read(audio)
+    deaths = 0
+    while True:
+        response = handle.remote(content, options, sample_rate)
         try:
-            self._audio = _read(audio)
-        except ServiceError as error:
-            self._error = error
-            return
-        self._send()
-
-    def _send(self) -> None:
-        self._response = self._handle.remote(self._audio, self._options, self._sample_rate)
-
-    def outcome(self) -> Transcript | ServiceError:
-        try:
-            return self.result()
-        except ServiceError as error:
-            return error
-
-    def result(self) -> Transcript:
-        if self._error is not None:
-            raise self._error
-        deaths = 0
-        while True:
-            try:
-                transcript: Transcript = self._response.result()
-                return transcript
-            except ray.exceptions.RayTaskError as failed:
-                cause = failed.cause
-                if not isinstance(cause, ServiceError):
-                    raise
-                if not isinstance(cause, Overloaded):
-                    raise cause from None
-                time.sleep(cause.retry_after_s)
-            except ray.exceptions.RayActorError:
-                deaths += 1
-                if deaths == ATTEMPTS:
-                    raise
-            self._send()
+            transcript: Transcript = await response
+            return transcript
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except ray.exceptions.RayTaskError as failed:
+            cause = failed.cause
+            if not isinstance(cause, ServiceError):
+                raise
+            if not isinstance(cause, Overloaded):
+                raise cause from None
+            await asyncio.sleep(cause.retry_after_s)
+        except BackPressureError:  # it did not come as far as a replica
+            await asyncio.sleep(FULL_PAUSE_S)
+        except ray.exceptions.RayActorError:
+            deaths += 1
+            if deaths == ATTEMPTS:
+                raise
 
 
 def _read(audio: Audio) -> bytes | np.ndarray[Any, Any]:

@@ -12,7 +12,7 @@ import multiprocessing
 import time
 import wave
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,15 +122,18 @@ def _through_handle(load: Load, recordings: Samples, concurrency: int) -> Callab
 
     client = Client(load.app_name, address=load.address)
 
+    def transcribe(index: int) -> Answer:
+        audio = recordings[index % len(recordings)]
+        try:
+            transcript = client.transcribe(audio, language="en", priority="batch")
+        except ServiceError as error:
+            return Answer(error=error.message)
+        return _answer((s.tokens, s.temperature) for s in transcript.segments)
+
     def send(indices: Sequence[int]) -> list[Answer]:
-        audios = (recordings[i % len(recordings)] for i in indices)
-        answers = []
-        for outcome in client.transcribe_many(audios, concurrency=concurrency, language="en"):
-            if isinstance(outcome, ServiceError):
-                answers.append(Answer(error=outcome.message))
-            else:
-                answers.append(_answer((s.tokens, s.temperature) for s in outcome.segments))
-        return answers
+        # not transcribe_many, which gives answers in order: when each came is asked for
+        with ThreadPoolExecutor(concurrency) as pool:
+            return list(pool.map(transcribe, indices))
 
     return send
 
