@@ -12,6 +12,7 @@ package's files without importing it, because its import sets torch's number of 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import threading
 import warnings
 from collections.abc import Sequence
@@ -96,21 +97,28 @@ THREADS = 2
 """Of one detector. More would only wait for each other: between its products the network is Python."""
 TOGETHER = 8
 """Most portions that are computed at once: the recurrent layer then takes 0.4 of the time for each."""
+ROUND_FRAMES = 938
+"""So much of a recording, 30 s, is looked at before those that came meanwhile have their turn. Of recordings that come
+together the first then have windows soon; portion by portion all would have theirs at the end, and the GPU nothing to
+do until then."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Portion:
-    """samples: int16 [64 + 512 n], those of the frame before and whole frames. result: their probabilities, [n]."""
+    """samples: int16 [64 + 512 n], those of the frame before and whole frames. place: smaller ones come first. result:
+    their probabilities, [n]."""
 
     stream: SpeechStream
     samples: Int16
+    place: int
     result: Future[Float32]
 
 
 class SpeechDetector:
     """Finds speech in recordings, each through a stream of its own.
 
-    Portions of different recordings that wait at the same time are computed together, if they are of one length.
+    Portions of different recordings that wait at the same time are computed together, if they are of one length; those
+    of the recordings that came first, come first.
     """
 
     def __init__(self) -> None:
@@ -120,6 +128,11 @@ class SpeechDetector:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="voice-activity")
         self._lock = threading.Lock()
         self._waiting: list[Portion] = []
+        self._places = itertools.count()
+
+    def place(self) -> int:
+        """Behind all that have one."""
+        return next(self._places)
 
     def stream(self) -> SpeechStream:
         return SpeechStream(self)
@@ -144,8 +157,9 @@ class SpeechDetector:
             portion.result.set_result(result)
 
     def _take(self) -> list[Portion]:
-        """The portion that has waited longest, and others of its length."""
+        """The portion whose turn it is, and the next of its length."""
         with self._lock:
+            self._waiting.sort(key=lambda portion: portion.place)
             taken = [p for p in self._waiting if len(p.samples) == len(self._waiting[0].samples)][:TOGETHER]
             self._waiting = [portion for portion in self._waiting if portion not in taken]
         return taken
@@ -176,6 +190,7 @@ class SpeechStream:
         self._detector = detector
         self.state = (torch.zeros(1, 1, STATE), torch.zeros(1, 1, STATE))
         self._rest = np.zeros(CONTEXT_SAMPLES, np.int16)  # with the end of the frame before
+        self._place, self._frames = detector.place(), 0  # that it has had in this place
 
     def push(self, samples: Int16) -> Future[Float32]:
         """Takes int16 [n] at 16 kHz, gives the probabilities [m] of the frames completed."""
@@ -192,10 +207,13 @@ class SpeechStream:
 
     def _submit(self, samples: Int16) -> Future[Float32]:
         result: Future[Float32] = Future()
-        if len(samples) > CONTEXT_SAMPLES:
-            self._detector.submit(Portion(self, samples, result))
-        else:
+        if len(samples) == CONTEXT_SAMPLES:
             result.set_result(np.zeros(0, np.float32))
+            return result
+        if self._frames >= ROUND_FRAMES:
+            self._place, self._frames = self._detector.place(), 0
+        self._frames += (len(samples) - CONTEXT_SAMPLES) // FRAME_SAMPLES
+        self._detector.submit(Portion(self, samples, self._place, result))
         return result
 
 

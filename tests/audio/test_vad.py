@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from serve_app.audio.recording import decode
 from serve_app.audio.samples import Limits
-from serve_app.audio.vad import THREADS, SpeechDetector
+from serve_app.audio.vad import THREADS, SpeechDetector, SpeechStream
 from serve_app.settings import AudioSettings
 from tests.audio.make import noise, tone
 
@@ -122,6 +123,35 @@ def test_portions_that_wait_at_the_same_time_are_computed_together(detector: Spe
         assert len(longer.result(60)) == 46
         assert all(len(result.result(60)) for result in busy)
     assert sorted(sizes) == [1] * (THREADS + 1) + [len(portions)]
+
+
+def test_recordings_have_their_turns_in_the_order_in_which_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.audio.vad.THREADS", 1)
+    monkeypatch.setattr("serve_app.audio.vad.TOGETHER", 1)
+    detector = SpeechDetector()
+    started, go_on = threading.Event(), threading.Event()
+    done: list[str] = []
+
+    def before(*_: object) -> None:
+        started.set()
+        assert go_on.wait(60)
+
+    def push(name: str, stream: SpeechStream, seconds: float) -> Future[npt.NDArray[np.float32]]:
+        result = stream.push(tone(seconds))
+        result.add_done_callback(lambda _: done.append(name))
+        return result
+
+    long, first, second, busy = (detector.stream() for _ in range(4))
+    long.push(tone(31)).result(60)  # has had its 30 s
+    with detector._network.register_forward_pre_hook(before):
+        results = [push("busy", busy, 1)]
+        assert started.wait(60)
+        results += [push("second", second, 1), push("first", first, 1), push("long", long, 1)]
+        results.append(push("third", detector.stream(), 1))
+        go_on.set()
+        for result in results:
+            result.result(60)
+    assert done == ["busy", "first", "second", "long", "third"]
 
 
 def test_an_error_is_that_of_its_portions_and_the_next_are_computed(detector: SpeechDetector) -> None:
