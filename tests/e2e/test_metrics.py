@@ -57,8 +57,7 @@ class Counts:
 
     def __init__(self, scraper: Prometheus):
         self._scraper = scraper
-        self._before: dict[str, float] = {}
-        self._before = {expression: scraper.value(expression) for expression in self.expressions()}
+        self._before = scraper.settled(self.expressions())
 
     @staticmethod
     def expressions() -> list[str]:
@@ -80,17 +79,27 @@ class Counts:
     def wait_for(self, expression: str, count: float) -> None:
         self._scraper.wait_for(expression, self._before[expression] + count)
 
+    def settle(self) -> None:
+        self._scraper.settled(self.expressions())
+
 
 @pytest.fixture(scope="module")
 def counted(scraper: Prometheus, application: str, sample: Path) -> tuple[Counts, list[dict[str, Any]]]:
     """Some recordings of one window each, one that is none, and what was counted meanwhile."""
+    # every process reports by itself: what all have counted before is only known when all have reported
+    assert transcribe(application, sample).status_code == 200
+    scraper.wait_for('sum(ray_whisper_requests_total{outcome="done"})', 1)
+    for stage in STAGES:
+        scraper.wait_for(f'sum(ray_whisper_stage_windows_total{{stage="{stage}",outcome="done"}})', 1)
     counts = Counts(scraper)
     with ThreadPoolExecutor(REQUESTS) as pool:
         responses = list(pool.map(lambda _: transcribe(application, sample), range(REQUESTS)))
     assert [response.status_code for response in responses] == [200] * REQUESTS
     assert transcribe(application, ("talk.mp3", b"this is text, not sound" * 100)).status_code == 400
-    counts.wait_for('sum(ray_whisper_stage_windows_total{stage="decoder",outcome="done"})', REQUESTS)
+    for stage in STAGES:
+        counts.wait_for(f'sum(ray_whisper_stage_windows_total{{stage="{stage}",outcome="done"}})', REQUESTS)
     counts.wait_for('sum(ray_whisper_requests_total{outcome="invalid"})', 1)
+    counts.settle()
     return counts, [response.json() for response in responses]
 
 
