@@ -26,6 +26,9 @@ class Sleeping:
     """Samples are [seconds] to sleep, or DAMAGED, or BUSY: too busy, when it comes first."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
         self._handled: list[float] = []
         self._now = self._most = self._left = 0
         self._refused = False
@@ -62,9 +65,15 @@ def deploy(**options: Any) -> Iterator[tuple[Client, DeploymentHandle[Any]]]:
     serve.delete(name)
 
 
-@pytest.fixture
-def sleeping(ray_cluster: int) -> Iterator[tuple[Client, DeploymentHandle[Any]]]:
+@pytest.fixture(scope="module")
+def deployed(ray_cluster: int) -> Iterator[tuple[Client, DeploymentHandle[Any]]]:
     yield from deploy(max_ongoing_requests=100)
+
+
+@pytest.fixture
+def sleeping(deployed: tuple[Client, DeploymentHandle[Any]]) -> tuple[Client, DeploymentHandle[Any]]:
+    deployed[1].forget.remote().result(timeout_s=PATIENCE_S)
+    return deployed
 
 
 @pytest.fixture
