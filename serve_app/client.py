@@ -17,7 +17,7 @@ import concurrent.futures
 import functools
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Client:
 
     def transcribe_many(
         self, audios: Iterable[Audio], *, sample_rate: int = 16_000, concurrency: int = 32, **options: Any
-    ) -> Iterator[Transcript | ServiceError]:
+    ) -> Generator[Transcript | ServiceError]:
         """Transcribes many recordings, ``concurrency`` at a time, and yields what became of each, in order: a recording
         that cannot be transcribed yields its error, so that it does not end the others, and one that takes long does
         not keep later ones from being sent. Closing the iterator ends those under way."""
@@ -80,7 +80,7 @@ class Client:
 
     def _outcomes(
         self, audios: Iterable[Audio], sample_rate: int, concurrency: int, options: TranscribeOptions
-    ) -> Iterator[Transcript | ServiceError]:
+    ) -> Generator[Transcript | ServiceError]:
         room = threading.Semaphore(concurrency)
         jobs: deque[_Job] = deque()
         try:

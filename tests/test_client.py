@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,12 @@ from serve_app.engine.transcript import Transcript
 from serve_app.errors import InvalidAudio, InvalidRequest, Overloaded, ServiceError
 
 PATIENCE_S = 60.0
-FOREVER, DAMAGED, BUSY = 600.0, -1.0, -2.0
+FOREVER, DAMAGED, BUSY, LATE = 600.0, -1.0, -2.0, -3.0
 
 
 class Sleeping:
-    """Samples are [seconds] to sleep, or DAMAGED, or BUSY: too busy, when it comes first."""
+    """Samples are [seconds] to sleep, or DAMAGED, or BUSY: too busy, when it comes first, or LATE and how many others
+    are done before it is."""
 
     def __init__(self) -> None:
         self.forget()
@@ -34,7 +35,7 @@ class Sleeping:
         self._refused = False
 
     async def transcribe(self, samples: np.ndarray[Any, Any], options: TranscribeOptions, rate: int) -> Transcript:
-        [seconds] = samples.tolist()
+        seconds, *others = samples.tolist()
         if seconds == DAMAGED:
             raise InvalidAudio("it is damaged")
         if seconds == BUSY and not self._refused:
@@ -44,6 +45,9 @@ class Sleeping:
         self._most = max(self._most, self._now)
         try:
             await asyncio.sleep(max(0.0, seconds))
+            until = time.monotonic() + PATIENCE_S
+            while others and len(self._handled) < others[0] and time.monotonic() < until:
+                await asyncio.sleep(0.01)
         except asyncio.CancelledError:
             self._left += 1
             raise
@@ -86,15 +90,23 @@ def seen(handle: DeploymentHandle[Any]) -> tuple[int, int, int, int]:
     return found
 
 
-def texts(outcomes: Iterator[Transcript | ServiceError]) -> list[str]:
+def wait_for(handle: DeploymentHandle[Any], *, under_way: int) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while (now := seen(handle)[1]) != under_way:
+        assert time.monotonic() < deadline, f"{now} are under way, not {under_way}"
+        time.sleep(0.05)
+
+
+def texts(outcomes: Iterable[Transcript | ServiceError]) -> list[str]:
     return [type(o).__name__ if isinstance(o, ServiceError) else o.text for o in outcomes]
 
 
 def test_one_that_takes_long_keeps_no_other_from_being_sent(sleeping: tuple[Client, DeploymentHandle[Any]]) -> None:
     client, handle = sleeping
-    outcomes = client.transcribe_many((np.array([s]) for s in [3.0] + [0.01] * 40), concurrency=4)
+    recordings = [np.array([LATE, 40]), *[np.array([0.01])] * 40]
+    outcomes = client.transcribe_many(iter(recordings), concurrency=4)
     assert isinstance(first := next(outcomes), Transcript)
-    assert first.text == "3.0"
+    assert first.text == str(LATE)
     done, _, most, _ = seen(handle)
     assert (done, most) == (41, 4)
     assert texts(outcomes) == ["0.01"] * 40
@@ -116,9 +128,10 @@ def test_outcomes_that_wait_for_an_earlier_one_are_bounded(
 ) -> None:
     monkeypatch.setattr("serve_app.client.AHEAD", 3)
     client, handle = sleeping
-    outcomes = client.transcribe_many((np.array([s]) for s in [3.0] + [0.01] * 40), concurrency=4)
+    recordings = [np.array([LATE, 11]), *[np.array([0.01])] * 40]
+    outcomes = client.transcribe_many(recordings, concurrency=4)
     next(outcomes)
-    assert seen(handle)[0] <= 3 * 4
+    assert seen(handle)[0] == 3 * 4
     assert texts(outcomes) == ["0.01"] * 40
 
 
@@ -126,14 +139,11 @@ def test_who_leaves_early_ends_what_is_under_way(sleeping: tuple[Client, Deploym
     client, handle = sleeping
     outcomes = client.transcribe_many([np.array([s]) for s in (0.0, FOREVER, FOREVER, FOREVER)], concurrency=2)
     next(outcomes)
-    outcomes.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + PATIENCE_S
-    while seen(handle)[1]:
-        assert time.monotonic() < deadline, "they go on"
-        time.sleep(0.1)
+    wait_for(handle, under_way=2)
+    outcomes.close()
+    wait_for(handle, under_way=0)
     done, _, _, left = seen(handle)
-    assert done == 1
-    assert left >= 1
+    assert (done, left) == (1, 2)
 
 
 def test_where_there_is_no_room_a_recording_is_sent_again(narrow: tuple[Client, DeploymentHandle[Any]]) -> None:
