@@ -126,7 +126,7 @@ def test_a_cpu_has_what_needs_no_gpu() -> None:
     speed, *steps = found
     assert speed.what == "engine in FP16, 2 windows, 100% of the tokens alike"  # FP32 both, on a CPU
     assert [step.part for step in steps] == ["graphs"] * 3
-    assert all(row.ours > 0 and row.other > 0 for row in found)  # how far apart is the machine's other work
+    assert all(0.02 < row.times < 50 for row in found)  # the same work; beside it this machine may do other
 
 
 def test_a_missed_goal_and_a_missing_part_are_failures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
