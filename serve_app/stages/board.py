@@ -1,9 +1,9 @@
 """What the two ends of a ring (``stages.ring``) tell each other: a page of shared memory. (No CUDA)
 
-The sender owns the page; it vanishes with the sender's process. Each slot has two numbers: the sequence number of what
-was last put there, and that of what was last taken from it. A slot is free once both are equal, or when its lease has
-ended: a receiver that died never answers. Whoever reads a slot looks at its sequence number afterwards; if it has
-changed, what was read is not what was meant.
+The sender owns the page; it vanishes with the sender's process. What is put into slots is numbered as it comes. Each
+slot has two of these numbers: of what was last put there, and of what was last taken from it. A slot is free once both
+are equal, or when its lease has ended: a receiver that died never answers. Whoever reads a slot looks at its number
+afterwards; if it has changed, what was read is not what was meant.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Board:
         self._sequence, self._taken = _numbers(self._page, slots, begin)
         self._lease_s = lease_s
         self._lent = [float("-inf")] * slots
-        self._next = 0
+        self._next = self._put = 0
         self.address = Address(os.getpid(), self._file, identity)
 
     def acquire(self, now: float) -> tuple[int, int] | None:
@@ -63,8 +63,9 @@ class Board:
             if self._taken[slot] == self._sequence[slot] or now - self._lent[slot] > self._lease_s:
                 self._lent[slot] = now
                 self._next = slot + 1
-                self._sequence[slot] += 1
-                return slot, int(self._sequence[slot])
+                self._put += 1
+                self._sequence[slot] = self._put
+                return slot, self._put
         return None
 
     def close(self) -> None:

@@ -49,7 +49,8 @@ class RingError(RuntimeError):
 
 
 class Ring:
-    """The sender's end: slots for tensors of one shape. For one thread."""
+    """The sender's end: slots for tensors of one shape. For one thread and one stream: receivers count on it that what
+    was put last was copied last."""
 
     def __init__(
         self, slots: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, lease_s: float = LEASE_S
@@ -101,34 +102,52 @@ class RingReader:
 
     def read(self, descriptors: Sequence[RingDescriptor]) -> list[Tensor | InputLost]:
         """Copies what the descriptors name, and gives their slots back. Blocks until the copies are there: for the
-        sender's work before them, but for nothing of this process's other streams."""
-        copies: list[Tensor | InputLost] = []
+        sender's work before them, but for nothing of this process's other streams. Copies of one sender's tensors share
+        their memory: it comes free with the last of them.
+
+        NOTES: few calls, however many tensors: after each the interpreter may be given to another thread, and where
+        that is busy it takes a while to come back."""
+        copies: list[Tensor | InputLost] = [InputLost("the lease of a window's slot had ended")] * len(descriptors)
+        senders: dict[Address, list[int]] = {}
+        for i, descriptor in enumerate(descriptors):
+            senders.setdefault(descriptor.board, []).append(i)
         with torch.cuda.stream(self._stream):
-            for descriptor in descriptors:
-                copies.append(self._copy(descriptor))
+            for indices in senders.values():
+                self._copy(indices, descriptors, copies)
             copied = torch.cuda.Event(blocking=True)  # who waits for it sleeps
             copied.record()
         copied.synchronize()
-        for i, (descriptor, copy) in enumerate(zip(descriptors, copies, strict=True)):
-            if isinstance(copy, Tensor) and not self._rings[descriptor.board].board.take(
+        for i, descriptor in enumerate(descriptors):
+            if isinstance(copies[i], Tensor) and not self._rings[descriptor.board].board.take(
                 descriptor.slot, descriptor.sequence
             ):
                 copies[i] = InputLost("the lease of a window's slot had ended")
         return copies
 
-    def _copy(self, descriptor: RingDescriptor) -> Tensor | InputLost:
+    def _copy(
+        self, indices: Sequence[int], descriptors: Sequence[RingDescriptor], copies: list[Tensor | InputLost]
+    ) -> None:
+        """Copies those of one sender that are still there, in one piece."""
         try:
-            ring = self._open(descriptor)
+            ring = self._open(descriptors[indices[0]])
         except BoardGone as gone:
-            return InputLost(str(gone))
-        if not ring.board.holds(descriptor.slot, descriptor.sequence):
-            return InputLost("the lease of a window's slot had ended")
-        ring.events[descriptor.slot].wait(self._stream)
-        copy = ring.slots[descriptor.slot].clone()
+            for i in indices:
+                copies[i] = InputLost(str(gone))
+            return
+        here = [i for i in indices if ring.board.holds(descriptors[i].slot, descriptors[i].sequence)]
+        if not here:
+            return
+        last = max((descriptors[i] for i in here), key=lambda descriptor: descriptor.sequence)
+        ring.events[last.slot].wait(self._stream)
+        sources = [ring.slots[descriptors[i].slot] for i in here]
+        piece = torch.empty((len(sources), *sources[0].shape), dtype=sources[0].dtype, device=self._device)
+        rows = piece.unbind()
+        torch._foreach_copy_(rows, sources)
         # it is read on the engine's stream, possibly after its last reference here is gone: until that is done its
-        # memory must not be taken for the next copy
-        copy.record_stream(torch.cuda.default_stream(self._device))
-        return copy
+        # memory must not be taken for the next copies
+        piece.record_stream(torch.cuda.default_stream(self._device))
+        for i, row in zip(here, rows, strict=True):
+            copies[i] = row
 
     def _open(self, descriptor: RingDescriptor) -> _OpenRing:
         ring = self._rings.get(descriptor.board)

@@ -61,10 +61,35 @@ def test_what_is_read_is_what_was_put(sender: tuple[ForkServerProcess, Connectio
     reader = RingReader(torch.device("cuda"))
     for _ in range(50):  # the ring comes round several times
         batch: list[tuple[int, RingDescriptor]] = [connection.recv() for _ in range(4)]
+        random.shuffle(batch)
         read = reader.read([descriptor for _, descriptor in batch])
         for (number, _), tensor in zip(batch, read, strict=True):
             assert isinstance(tensor, Tensor)
             assert torch.equal(tensor, content(number))
+
+
+def test_two_senders_are_read_together_and_of_a_dead_one_is_said_that_it_is(
+    sender: tuple[ForkServerProcess, Connection],
+) -> None:
+    _, connection = sender
+    ours, theirs = START.Pipe()
+    other = START.Process(target=send, args=(theirs, 4, 60.0), daemon=True)
+    other.start()
+    reader = RingReader(torch.device("cuda"))
+    for _ in range(3):
+        batch = [source.recv() for source in (connection, ours, connection)]
+        for (number, _), tensor in zip(batch, reader.read([descriptor for _, descriptor in batch]), strict=True):
+            assert isinstance(tensor, Tensor)
+            assert torch.equal(tensor, content(number))
+    number, descriptor = ours.recv()
+    other.kill()
+    other.join()
+    fresh = RingReader(torch.device("cuda"))  # it has not seen the dead one's ring
+    alive = connection.recv()
+    read = fresh.read([descriptor, alive[1]])
+    assert isinstance(read[0], InputLost)
+    assert isinstance(read[1], Tensor)
+    assert torch.equal(read[1], content(alive[0]))
 
 
 def test_a_sender_killed_in_mid_copy_harms_nobody(sender: tuple[ForkServerProcess, Connection]) -> None:

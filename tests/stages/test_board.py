@@ -22,11 +22,11 @@ def test_slots_go_round_and_come_back_when_taken() -> None:
     board = Board(2, b"", LEASE_S)
     reader = BoardReader(board.address)
     assert board.acquire(0) == (0, 1)
-    assert board.acquire(0) == (1, 1)
-    assert board.acquire(0) is None
-    assert reader.take(1, 1)
     assert board.acquire(0) == (1, 2)
-    assert not reader.holds(1, 1)
+    assert board.acquire(0) is None
+    assert reader.take(1, 2)
+    assert board.acquire(0) == (1, 3)
+    assert not reader.holds(1, 2)
 
 
 def test_a_lease_ends_and_who_comes_too_late_hears_of_it() -> None:
@@ -68,10 +68,10 @@ def test_across_processes_and_after_the_senders_death() -> None:
     address, lent = ours.recv()
     reader = BoardReader(address)
     assert reader.public == b"public"
-    assert lent == [(i, 1) for i in range(4)]
-    assert reader.take(2, 1)
+    assert lent == [(i, i + 1) for i in range(4)]
+    assert reader.take(2, 3)
     ours.send("taken")
-    assert ours.recv() == (2, 2)
+    assert ours.recv() == (2, 5)
     assert not reader.is_gone
     assert sender.pid is not None
     os.kill(sender.pid, signal.SIGKILL)
@@ -93,6 +93,7 @@ class Traffic(RuleBasedStateMachine):
         self.reader = BoardReader(self.board.address)
         self.now = 0.0
         self.out: dict[int, tuple[int, float]] = {}  # slot: sequence, since
+        self.last = 0
 
     @rule(target=lent)
     def put(self) -> tuple[int, int]:
@@ -106,6 +107,8 @@ class Traffic(RuleBasedStateMachine):
             before, since = self.out[slot]
             assert self.now - since > LEASE_S
             assert sequence > before
+        assert sequence > self.last
+        self.last = sequence
         self.out[slot] = sequence, self.now
         return given
 
