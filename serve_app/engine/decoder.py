@@ -204,11 +204,15 @@ class Decoder:
         return self._few[len(tokens)](tokens, positions)
 
     @torch.inference_mode()
-    def load(self, slot: int, state: Tensor) -> None:
-        """Puts a window's encoder state [1500, d] into a slot."""
-        if state.shape != self.states.shape[1:]:
-            raise ValueError(f"an encoder state is {list(self.states.shape[1:])}, got {list(state.shape)}")
-        self.states[slot].copy_(state, non_blocking=True)
+    def load(self, slots: Sequence[int], states: Sequence[Tensor]) -> None:
+        """Puts windows' encoder states [1500, d] into slots."""
+        for state in states:
+            if state.shape != self.states.shape[1:]:
+                raise ValueError(f"an encoder state is {list(self.states.shape[1:])}, got {list(state.shape)}")
+        if slots:
+            rows = self.states.unbind()
+            # all in one call: after each the interpreter may be given to another thread
+            torch._foreach_copy_([rows[slot] for slot in slots], list(states), non_blocking=True)
 
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:

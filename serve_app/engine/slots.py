@@ -2,7 +2,7 @@
 
 This is the host's side of decoding. It is driven step by step by one thread: ``admit``, ``step``, ``cancel``. The
 device keeps what a step needs of each slot (``kernels.next_token.Field``), so that on a GPU the host starts a step
-before it has seen the last one's tokens: it looks one step behind, and the GPU never waits for it.
+before it has seen the last ones' tokens: it looks two steps behind, and the GPU need not wait for it.
 """
 
 from __future__ import annotations
@@ -81,14 +81,15 @@ class SlotDecoder:
         self._languages = {token: code for code, token in vocabulary.languages.items()}
         self._rows: list[_Slot | None] = [None] * slots
         self._slots: list[_Slot] = []  # the same, in the order in which they entered
+        self._again: list[_Slot] = []  # windows that start again with the next step
         self._reports: deque[_Report] = deque()
         self._on_gpu = compute.device.type == "cuda"
         self._sizes = buckets(slots) if compute.has_kernels else list(range(1, slots + 1))  # of steps
         self.advance = SizedGraphs(self._step, self._sizes) if compute.has_kernels else self._step
         few = [n for n in persistent_step.SLOTS if n <= self.decoder.few]
         self.advance_few = SizedGraphs(self._step_few, few) if few else None
-        # on a GPU a step is running while the one before is read
-        self._lag = 1 if self._on_gpu else 0
+        # on a GPU one step is running and the next is waiting while the one before them is read
+        self._lag = 2 if self._on_gpu else 0
         self._arrivals = deque(self._arrival() for _ in range(self._lag + 1)) if self._on_gpu else deque()
 
     @property
@@ -110,11 +111,11 @@ class SlotDecoder:
         if len(tasks) > self.free:
             raise ValueError(f"{len(tasks)} windows for {self.free} free slots")
         rows = [row for row, slot in enumerate(self._rows) if slot is None]
+        self.decoder.load(rows[: len(tasks)], [task.state for task in tasks])
         entered = []
         for row, task in zip(rows, tasks, strict=False):
             prompt = self.tokens.prompt(task.options.prompt)
             slot = _Slot(task, row, prompt, position=len(prompt))
-            self.decoder.load(row, task.state)
             if slot.prompt:
                 self.decoder.prefill(row, slot.prompt)
             entered.append(slot)
@@ -136,22 +137,20 @@ class SlotDecoder:
         if self._slots:
             self._start_step()
             self._reports.append(self._report())
-        done: list[tuple[str, DecodedWindow]] = []
-        while len(self._reports) > self._lag:
-            done += self._read(self._reports.popleft())
-        return done
+        return self._read_all_but(self._lag)
 
-    @torch.inference_mode()
-    def settle(self) -> list[tuple[str, DecodedWindow]]:
-        """Waits until the device has done all that was started; returns what has ended."""
-        done: list[tuple[str, DecodedWindow]] = []
-        while self._reports:
-            done += self._read(self._reports.popleft())
+    def wait(self) -> None:
+        """Waits until the device has done all that was started."""
         if self._on_gpu:
-            torch.cuda.current_stream().synchronize()  # what reading them has started: slots that move
-        return done
+            torch.cuda.current_stream().synchronize()
+
+    def read(self) -> list[tuple[str, DecodedWindow]]:
+        """Reads all steps that were started; returns what has ended. It starts nothing on the device."""
+        return self._read_all_but(0)
 
     def _start_step(self) -> None:
+        self._begin([slot for slot in self._again if not slot.released])
+        self._again = []
         n = self._close_gaps()
         if self.advance_few is None or n > self.decoder.few:
             self.advance(n)
@@ -236,6 +235,12 @@ class SlotDecoder:
         arrived.record()
         return _Report(slots, array, arrived)
 
+    def _read_all_but(self, lag: int) -> list[tuple[str, DecodedWindow]]:
+        done: list[tuple[str, DecodedWindow]] = []
+        while len(self._reports) > lag:
+            done += self._read(self._reports.popleft())
+        return done
+
     def _read(self, report: _Report) -> list[tuple[str, DecodedWindow]]:
         """Takes a step's tokens in, and finished windows out of their slots; those that fail the checks start again,
         hotter."""
@@ -260,7 +265,7 @@ class SlotDecoder:
                 if slot.attempt + 1 < len(slot.task.options.temperatures):
                     slot.attempt += 1
                     slot.sampled = []
-                    self._begin([slot])
+                    self._again.append(slot)
                     continue
             done.append((slot.task.window_id, result))
             self._release(slot)

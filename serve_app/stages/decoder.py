@@ -123,10 +123,11 @@ class DecoderStage(StageReplica):
         done = _Progress(time.monotonic())
         try:
             while self._entering or self._slots.active:
-                if self.turns is not None:
+                if self.turns is not None and not self.turns.held:
                     self.turns.take()
+                    self._stint(done, 0.0)  # one step, so that the GPU computes while windows enter
                 self._enter(loop)
-                self._stint(done)
+                self._stint(done, STINT_S)
                 if self._gives_way() or not self._slots.active:
                     done.finished += self._leave_gpu()
                 now = time.monotonic()
@@ -157,18 +158,20 @@ class DecoderStage(StageReplica):
             with self.meter.running():
                 self._slots.admit(tasks)
 
-    def _stint(self, done: _Progress) -> None:
-        """Some steps of the occupied slots."""
-        ends = time.monotonic() + STINT_S
+    def _stint(self, done: _Progress, seconds: float) -> None:
+        """Steps of the occupied slots for so long, at least one."""
+        if not self._slots.active:
+            return
+        ends = time.monotonic() + seconds
         with self.meter.running():
-            while (active := self._slots.active) and time.monotonic() < ends:
+            while active := self._slots.active:
                 began = time.monotonic()
                 done.finished += self._slots.step()
-                seconds = time.monotonic() - began
-                done.cost_s += active * seconds
-                done.busy_s += seconds
+                now = time.monotonic()
+                done.cost_s += active * (now - began)
+                done.busy_s += now - began
                 self.meter.batch(active, active / self._info.slots, active * self._operations)
-                if self._gives_way():
+                if now > ends or self._gives_way():
                     break
 
     def _tell(self, done: _Progress, seconds: float) -> None:
@@ -195,9 +198,9 @@ class DecoderStage(StageReplica):
         """Ends the turn on the GPU, if there is one; what was on its way may finish windows."""
         if self.turns is None or not self.turns.held:
             return []
-        finished = self._slots.settle()
+        self._slots.wait()
         self.turns.give()
-        return finished
+        return self._slots.read()
 
     def _full_steps(self) -> float:
         """Some steps of all slots. Of silence they tell nothing about how long a window takes."""
@@ -208,7 +211,7 @@ class DecoderStage(StageReplica):
         for _ in range(WARM_UP_STEPS):
             self._slots.step()
         self._slots.cancel(self._slots.window_ids)
-        self._slots.step()  # reads what is left of the last one
+        self._slots.read()
         return 0.0
 
     async def _admit(self) -> None:

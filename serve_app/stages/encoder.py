@@ -47,6 +47,10 @@ class EncoderStage(BatchStage):
         return windows * WINDOW_SECONDS
 
     def _batch(self, inputs: list[Input]) -> Tensor:
+        device = self._encoder.compute.device
         # some may have come through the host
-        log_mel = [received_tensor(features).to(self._encoder.compute.device, non_blocking=True) for features in inputs]
+        log_mel = [
+            features if features.is_cuda else features.to(device, non_blocking=True)
+            for features in map(received_tensor, inputs)
+        ]
         return self._encoder(torch.stack(log_mel))

@@ -48,8 +48,8 @@ def test_steps_have_the_logits_of_float32(width: int, n: int, vocabulary: int) -
     generator = torch.Generator().manual_seed(n)
     for slot in range(n):
         state = torch.randn(1500, width, generator=generator).half()
-        exact.load(slot, state.float())
-        decoder.load(slot, state.cuda())
+        exact.load([slot], [state.float()])
+        decoder.load([slot], [state.cuda()])
         if slot < decoder.few:
             decoder.ready(slot)
     ways = [decoder.step, decoder.step_few] if n <= decoder.few else [decoder.step]
@@ -72,8 +72,8 @@ def test_the_last_position_of_the_context() -> None:
     made = checkpoint(384, 51866)
     exact, decoder = (Decoder(made, Compute.resolve(*where), 1) for where in (("cpu", "float32"), ("cuda", "float16")))
     state = torch.randn(1500, 384, generator=torch.Generator().manual_seed(1)).half()
-    exact.load(0, state.float())
-    decoder.load(0, state.cuda())
+    exact.load([0], [state.float()])
+    decoder.load([0], [state.cuda()])
     decoder.ready(0)
     exact.prefill(0, list(range(447)))
     decoder.prefill(0, list(range(447)))

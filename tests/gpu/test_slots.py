@@ -67,7 +67,7 @@ def test_windows_that_come_and_go_write_what_they_write_alone(dtype: str, right:
         done |= {window_id: window.tokens for window_id, window in decoder.step()}
         gaps += decoder._rows[0] is None and decoder.active > 0
         step += 1
-    done |= {window_id: window.tokens for window_id, window in decoder.settle()}
+    done |= {window_id: window.tokens for window_id, window in decoder.read()}
     assert gaps > 0
     assert done.keys() | cancelled == {str(i) for i in range(WINDOWS)}
     same = [tokens == expected[int(i)] for i, tokens in done.items()]

@@ -74,7 +74,7 @@ class Engine:
         timestamp_begin = self.tokens.vocabulary.timestamp_begin
         for row, (window, state, tokens) in enumerate(zip(windows, states, right, strict=True)):
             prompt = self.tokens.prompt(window.prompt)
-            decoder.load(row, state)
+            decoder.load([row], [state])
             if prompt:
                 decoder.prefill(row, prompt)
             start = self.tokens.start_sequence(window.language, "transcribe", timestamps=True)
