@@ -171,6 +171,7 @@ class Decoder:
         self.states = torch.zeros(
             slots, dims.n_audio_ctx, dims.n_audio_state, device=compute.device, dtype=compute.dtype
         )
+        self._rows = self.states.unbind()
 
         self._few: dict[int, PersistentStep] = {}
         if compute.has_kernels and persistent_step.available(compute.device):
@@ -210,9 +211,8 @@ class Decoder:
             if state.shape != self.states.shape[1:]:
                 raise ValueError(f"an encoder state is {list(self.states.shape[1:])}, got {list(state.shape)}")
         if slots:
-            rows = self.states.unbind()
             # all in one call: after each the interpreter may be given to another thread
-            torch._foreach_copy_([rows[slot] for slot in slots], list(states), non_blocking=True)
+            torch._foreach_copy_([self._rows[slot] for slot in slots], list(states), non_blocking=True)
 
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:

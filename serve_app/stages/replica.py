@@ -48,7 +48,7 @@ NOTICE_S = 0.05
 """How long a window that runs alone waits between the notice to its caller and its start: should it end this process,
 the caller knows that it was running."""
 
-ENGINE_WAITS_S = 0.00002
+ENGINE_WAITS_S = 0.0001
 """How long the engine's thread, back from torch, waits for the interpreter where calls keep it busy, and it comes back
 from every call to torch: with Python's own 5 ms the GPU has nothing to do for several steps of a small model."""
 
