@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from serve_app.api.routes import build_api
 from serve_app.batching.router import StageRouter
@@ -40,6 +41,15 @@ WORKER_ENV = {
     # OpenMP threads that wait for work sleep instead of spinning: stages share the cores
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+
+SERVE_ENV = {
+    # Nothing here blocks an event loop, so that Serve's own will do: on loops of their own, in other threads, the code
+    # of a deployment and the handles in it cost the decoder three times the CPU time for a window, and its engine's
+    # thread waits for the interpreter behind all of them.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+"""Of Ray Serve, in the replicas' processes."""
 
 
 @serve.ingress()
@@ -95,7 +105,11 @@ def build(settings: Settings) -> serve.Application:
         health_check_period_s=HEALTH_CHECK_S,
         graceful_shutdown_timeout_s=DRAIN_S,
         **_spread(settings.http),
-        ray_actor_options={"num_cpus": 0, "resources": settings.http.resources},
+        ray_actor_options={
+            "num_cpus": 0,
+            "resources": settings.http.resources,
+            "runtime_env": {"env_vars": SERVE_ENV},
+        },
     )(Api)
     application: serve.Application = api.bind(settings, features, encoder, decoder)
     return application
@@ -124,12 +138,13 @@ def _stage(replica: type[StageReplica], name: Stage, settings: Settings, stage: 
         ),
         health_check_period_s=HEALTH_CHECK_S,
         graceful_shutdown_timeout_s=DRAIN_S,
+        logging_config=LoggingConfig(enable_access_log=False),  # a request is one line, the API's
         **_spread(stage),
         ray_actor_options={
             "num_cpus": stage.num_cpus,
             "num_gpus": stage.num_gpus,
             "resources": stage.resources,
-            "runtime_env": {"env_vars": WORKER_ENV},
+            "runtime_env": {"env_vars": WORKER_ENV | SERVE_ENV},
         },
     )(replica)
 

@@ -166,7 +166,7 @@ class BatchingHandle:
             logger.info("could not cancel windows on %s replica %s", self._stage, replica_id, exc_info=True)
 
     def _on_replicas_changed(self) -> None:
-        """On Serve's router's thread."""
+        """On the event loop of Serve's router, which may be another thread's."""
         if not self._loop.is_closed():  # the router outlives the loop of a handle that was made for a while
             self._loop.call_soon_threadsafe(self._replicas_changed)
 

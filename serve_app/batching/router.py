@@ -2,7 +2,7 @@
 
 Serve's own router spreads *calls*; the batching handle counts *windows* against each replica's credit, and speaks of
 windows to the replica that holds them (``cancel``). So the handle chooses, and this router obeys. It runs inside the
-caller's process, on a thread of Serve's.
+caller's process, on an event loop that may be another thread's.
 
 NOTES: Serve pickles this module whole to send the class to callers. What it shares with the process that it then runs
 in lives in ``batching.live``.
