@@ -66,7 +66,8 @@ class EncoderBlock:
 class Encoder:
     """log-mel [batch, n_mels, 3000] float32 → encoder state [batch, 1500, n_audio_state] in the compute precision."""
 
-    def __init__(self, checkpoint: Checkpoint, compute: Compute):
+    def __init__(self, checkpoint: Checkpoint, compute: Compute, full: int = GRAPHED):
+        """full: windows of the batches that will be run the most, which are a CUDA Graph too."""
         self.dims, self.compute = checkpoint.dims, compute
         weights = Weights(checkpoint.tensors, compute, "encoder.")
         self.convolutions = Convolution(weights, "conv1", stride=1), Convolution(weights, "conv2", stride=2)
@@ -77,21 +78,24 @@ class Encoder:
         self.norm = weights.norm("ln_post")
 
         if compute.has_kernels:
-            self._capture()
+            self._capture(full)
 
-    def _capture(self) -> None:
-        """Small batches are replayed: there the host's launches take longer than the GPU's work. A larger one keeps the
-        GPU busy while the host launches, and a graph for each size would only cost memory."""
-        shape = GRAPHED, self.dims.n_mels, 2 * self.dims.n_audio_ctx
+    def _capture(self, full: int) -> None:
+        """Small batches are replayed: there the host's launches take longer than the GPU's work. So are full ones: a
+        larger batch keeps the GPU busy while the host launches, unless that must wait for the interpreter, hundreds of
+        times. A graph for each size between would only cost memory."""
+        self._graphed = {*range(1, GRAPHED + 1), full}
+        most = max(self._graphed)
+        shape = most, self.dims.n_mels, 2 * self.dims.n_audio_ctx
         self._input = torch.zeros(shape, device=self.compute.device, dtype=self.compute.dtype)
-        shape = GRAPHED, self.dims.n_audio_ctx, self.dims.n_audio_state
+        shape = most, self.dims.n_audio_ctx, self.dims.n_audio_state
         self._output = torch.empty(shape, device=self.compute.device, dtype=self.compute.dtype)
 
         def work(n: int) -> None:
             self._output[:n].copy_(self._encode(self._input[:n]))
 
         with torch.inference_mode():
-            self._replay = SizedGraphs(work, range(1, GRAPHED + 1))
+            self._replay = SizedGraphs(work, sorted(self._graphed))
 
     @torch.inference_mode()
     def __call__(self, log_mel: Tensor) -> Tensor:
@@ -99,7 +103,7 @@ class Encoder:
         if log_mel.ndim != 3 or log_mel.shape[1:] != expected:
             raise ValueError(f"log-mel must be [batch, {expected[0]}, {expected[1]}], got {list(log_mel.shape)}")
         n = len(log_mel)
-        if not self.compute.has_kernels or n > GRAPHED:
+        if not self.compute.has_kernels or n not in self._graphed:
             return self._encode(log_mel.to(self.compute.device, self.compute.dtype))
         self._input[:n].copy_(log_mel, non_blocking=True)
         self._replay(n)

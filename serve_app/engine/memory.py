@@ -77,8 +77,9 @@ def encoder_bytes(dims: Dims, number: int, windows: int, ring_windows: int, queu
     d = dims.n_audio_state
     weights = number * (dims.n_audio_layer * 12 * d * d + 3 * d * d + 3 * dims.n_mels * d)
     # of each position: the residual stream in float32; and its normalised form, queries, keys and values, attention's
-    # result, the perceptron's inside, the second convolution's input, the encoder's result with a copy of it
-    activations = windows * dims.n_audio_ctx * d * (4 + number * (1 + 3 + 1 + 4 + 2 + 2))
+    # result, the perceptron's inside, the second convolution's input, the encoder's result with a copy of it; all of it
+    # twice, for the graph of a full batch has memory of its own
+    activations = 2 * windows * dims.n_audio_ctx * d * (4 + number * (1 + 3 + 1 + 4 + 2 + 2))
     waiting = ring_windows * state_bytes(dims, number) + queued * features_of_window_bytes(dims, number)
     return CONTEXT_BYTES + weights + activations + waiting
 

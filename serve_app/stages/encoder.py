@@ -36,7 +36,7 @@ class EncoderStage(BatchStage):
             )
             memory.take_share(compute.device, share, need, what=f"an encoder with batches of {windows} windows")
         self.export = Exporter(compute.device, stage.ring_windows)
-        self._encoder = Encoder(checkpoint, compute)
+        self._encoder = Encoder(checkpoint, compute, full=windows)
         self._begin_observing(self._full_batch)
 
     def _full_batch(self) -> float:

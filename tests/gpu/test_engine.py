@@ -67,3 +67,12 @@ def test_float16_chooses_float32s_tokens_but_for_ties(tiny: Checkpoint, windows:
     exact = tokens(tiny, windows, Compute.resolve("cuda", "float32"), 8)
     half = tokens(tiny, windows, Compute.resolve("cuda", "float16"), 8)
     assert sum(a == b for a, b in zip(exact, half, strict=True)) >= 0.8 * len(windows)
+
+
+def test_batches_that_are_graphs_give_what_others_give(tiny: Checkpoint, windows: list[np.ndarray]) -> None:
+    compute = Compute.resolve("cuda", "float16")
+    log_mel = LogMel(80, compute)(windows)
+    graphed, plain = Encoder(tiny, compute, full=16), Encoder(tiny, compute)
+    for batch in (log_mel, log_mel.flip(0), log_mel[:7], log_mel[:3]):  # full, again, between, small
+        expected = torch.cat([plain(half) for half in batch.split(8)]).float()
+        assert float((graphed(batch).float() - expected).norm() / expected.norm()) < 1e-3
