@@ -22,6 +22,9 @@ RULES = ROOT / "helm" / "whisper-serve" / "rules"
 SCRAPE_S = 1
 SETTLED_S = 5 * SCRAPE_S
 
+Series = dict[tuple[tuple[str, str], ...], float]
+"""Values by their labels, which are sorted pairs."""
+
 
 def program(name: str) -> str:
     """Path of ``prometheus`` or ``promtool``. Without it the test is skipped, in CI it fails."""
@@ -40,7 +43,7 @@ class Prometheus:
 
     url: str
 
-    def query(self, expression: str, at: float | None = None) -> dict[tuple[tuple[str, str], ...], float]:
+    def query(self, expression: str, at: float | None = None) -> Series:
         """The expression's value, now or at a Unix time: labels, as sorted pairs, → value."""
         asked = {"query": expression} | ({} if at is None else {"time": f"{at:.3f}"})
         response = httpx.get(f"{self.url}/api/v1/query", params=asked, timeout=10)
@@ -54,7 +57,7 @@ class Prometheus:
         assert len(values) <= 1, f"{expression} has {len(values)} values"
         return values[0] if values else 0.0
 
-    def settled(self, expressions: Sequence[str]) -> dict[str, float]:
+    def settled(self, expressions: Sequence[str]) -> dict[str, Series]:
         """The expressions' values, once none has changed for some seconds: on a busy machine reports come late, and
         each process's by itself."""
         deadline = time.monotonic() + 120
@@ -66,8 +69,8 @@ class Prometheus:
                 values, since = now, time.monotonic()
         return values
 
-    def _values(self, expressions: Sequence[str]) -> dict[str, float]:
-        return {expression: self.value(expression) for expression in expressions}
+    def _values(self, expressions: Sequence[str]) -> dict[str, Series]:
+        return {expression: self.query(expression) for expression in expressions}
 
     def wait_for(self, expression: str, wanted: float) -> None:
         deadline = time.monotonic() + 60
