@@ -17,6 +17,7 @@ import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from serve_app import metrics
+from serve_app.audio import wav
 from serve_app.audio.decode import AudioDecoder
 from serve_app.audio.pipeline import Windows
 from serve_app.audio.samples import pcm
@@ -140,7 +141,8 @@ class Transcriber:
             timeout = min(options.timeout_s or self._settings.request.timeout_s, self._settings.request.timeout_s)
             try:
                 async with asyncio.timeout(timeout):
-                    return await self._transcribe(self._blocks(audio, sample_rate), options, time.time() + timeout)
+                    blocks = await self._blocks(audio, sample_rate)
+                    return await self._transcribe(blocks, options, time.time() + timeout)
             except TimeoutError:
                 raise DeadlineExceeded(f"the recording was not transcribed within {timeout:g} s") from None
 
@@ -165,10 +167,12 @@ class Transcriber:
             self._active -= 1
             self._mean_seconds += 0.1 * (time.monotonic() - began - self._mean_seconds)
 
-    def _blocks(self, audio: bytes | BinaryIO | np.ndarray[Any, Any], sample_rate: int) -> AsyncGenerator[Any, None]:
+    async def _blocks(
+        self, audio: bytes | BinaryIO | np.ndarray[Any, Any], sample_rate: int
+    ) -> AsyncGenerator[Any, None]:
         if isinstance(audio, np.ndarray):
             return pcm(audio, sample_rate, self._settings.audio)
-        return self._audio.decode(audio)
+        return await wav.plain(audio, self._settings.audio) or self._audio.decode(audio)
 
     async def _transcribe(
         self, blocks: AsyncGenerator[Any, None], options: TranscribeOptions, deadline: float

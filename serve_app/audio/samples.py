@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
@@ -138,15 +138,21 @@ def pcm(samples: npt.NDArray[Any], sample_rate: int, settings: AudioSettings) ->
     limits = Limits.of(settings)
     limits.check_format(frames.shape[1], int(sample_rate))
     limits.check_seconds(len(frames) / sample_rate)
-    return _pcm_blocks(frames, int(sample_rate))
+    return blocks_of(lambda start, count: frames[start : start + count], len(frames), int(sample_rate))
 
 
-async def _pcm_blocks(frames: npt.NDArray[Any], rate: int) -> AsyncGenerator[Int16, None]:
+async def blocks_of(
+    read: Callable[[int, int], npt.NDArray[Any]], frames: int, rate: int
+) -> AsyncGenerator[Int16, None]:
+    """Blocks of a recording whose samples lie ready. read: from a frame on, so many frames [count, channels], in a
+    thread; they are ``frames`` in all.
+
+    Raises InvalidRequest for samples that are not finite or far outside [-1, 1]."""
     resampler = Resampler()
-    seconds = 8  # per trip to the thread
+    most = 8 * rate  # per trip to the thread
 
     def convert(start: int) -> list[Int16]:
-        part = frames[start : start + seconds * rate]
+        part = read(start, min(most, frames - start))
         if part.dtype != np.int16:
             peak = np.abs(part).max()
             if not np.isfinite(peak):
@@ -154,10 +160,10 @@ async def _pcm_blocks(frames: npt.NDArray[Any], rate: int) -> AsyncGenerator[Int
             if peak > MAX_FLOAT_PEAK:
                 raise InvalidRequest(f"float samples must lie in [-1, 1]; found {peak:g}")
         blocks = list(resampler.push(part.T, rate))
-        if start + seconds * rate >= len(frames):
+        if start + most >= frames:
             blocks += resampler.finish()
         return blocks
 
-    for start in range(0, len(frames), seconds * rate):
+    for start in range(0, frames, most):
         for block in await asyncio.to_thread(convert, start):
             yield block

@@ -187,7 +187,7 @@ def test_the_application_does_the_engines_work_through_the_handle_and_over_http(
         assert way["cpu_s"]["decoder"] > 0
         assert way["cpu_s"]["api"] > 0
     handle, http = (way["cpu_s"] for way in raw["ways"])
-    assert handle["audio decoding"] < http["audio decoding"]
+    assert handle["Serve's proxy"] < http["Serve's proxy"]
     assert raw["settings"]["decoder"]["max_tokens"] == NEW_TOKENS
     assert raw["ratio"] > 0
     assert "other work" in done.stdout
