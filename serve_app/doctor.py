@@ -34,10 +34,10 @@ def examine(settings: Settings, console: Console) -> bool:
     plan = Table("stage", "replicas", "device", "products in", "threads", "GPU share each")
     try:
         compute = Compute.resolve(settings.model.device, settings.model.compute)
-    except RuntimeError as error:
+        settings = settings.filled(on_gpu=compute.device.type == "cuda")
+    except (RuntimeError, ValueError) as error:
         problems.append(str(error))
     else:
-        settings = settings.filled(on_gpu=compute.device.type == "cuda")
         precision = str(compute.dtype).removeprefix("torch.")
         stages = {"features": settings.features, "encoder": settings.encoder, "decoder": settings.decoder}
         for name, stage in stages.items():

@@ -149,6 +149,11 @@ class DecoderSettings(StageSettings):
         description="most tokens of one window, whose text ends there; by default, and at most, half of the decoder's "
         "context, as in openai-whisper: 224",
     )
+    state_bits: Literal[8, 16] = Field(
+        16,
+        description="of a number of the encoder states in the slots; 8, for GPUs alone, halves what a step reads of "
+        "each window",
+    )
 
 
 class RequestSettings(Section):
@@ -208,11 +213,17 @@ class Settings(BaseSettings):
     def _consistent(self) -> Self:
         if self.audio.min_sample_rate > self.audio.max_sample_rate:
             raise ValueError("audio.min_sample_rate is above audio.max_sample_rate")
+        if self.decoder.state_bits == 8 and (
+            self.model.device == "cpu" or self.model.compute not in ("auto", "float16")
+        ):
+            raise ValueError("decoder.state_bits is 8, which needs a GPU and float16")
         return self
 
     def filled(self, *, on_gpu: bool) -> Settings:
         """With the defaults that depend on where the stages run. The decoder's slots on a GPU stay open until a replica
         knows its GPU's memory."""
+        if self.decoder.state_bits == 8 and not on_gpu:
+            raise ValueError("decoder.state_bits is 8, which needs a GPU: there is none")
         shares = {"features": 0.1, "encoder": 0.4, "decoder": 0.5}
         defaults: dict[str, dict[str, object]] = {
             name: {"num_gpus": share if on_gpu else 0.0} for name, share in shares.items()

@@ -36,6 +36,9 @@ def test_a_file_sets_values_and_the_environment_and_arguments_go_before_it(
         {"http": {"port": 70000}},
         {"encoder": {"num_gpus": -1}},
         {"audio": {"min_sample_rate": 96_000, "max_sample_rate": 8_000}},
+        {"decoder": {"state_bits": 4}},
+        {"decoder": {"state_bits": 8}, "model": {"device": "cpu"}},
+        {"decoder": {"state_bits": 8}, "model": {"compute": "bfloat16"}},
     ],
 )
 def test_what_cannot_be_is_refused(given: dict[str, object]) -> None:
@@ -72,6 +75,13 @@ def test_a_gpu_is_kept_at_work_by_several_api_replicas(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     assert Settings().filled(on_gpu=on_gpu).http.replicas == expected
+
+
+def test_states_in_bytes_are_for_gpus() -> None:
+    in_bytes = Settings.model_validate({"decoder": {"state_bits": 8}})
+    assert in_bytes.filled(on_gpu=True).decoder.state_bits == 8
+    with pytest.raises(ValueError, match="needs a GPU"):
+        in_bytes.filled(on_gpu=False)
 
 
 def test_what_is_set_stays() -> None:

@@ -34,7 +34,7 @@ def measure(model: str) -> list[Row]:
         ms = milliseconds(partial(engine.encoder, log_mel), repeats=10)
         rows.append({"piece": "encoder", "model": model, "windows": batch, "ms_a_window": ms / batch})
     states = engine.slots.states
-    engine.slots.decoder.states.normal_()
+    engine.slots.decoder.states.all.numbers.normal_()
     for size in STEP_SIZES:
         state = new_state([50258, 50259, 50360, 50364], position=MIDDLE, timestamps=True, temperature=0.0, seed=0)
         states[:size] = torch.tensor([state], dtype=torch.int32, device=device)

@@ -25,6 +25,7 @@ SYSTEMS = {
     "ctranslate2": "loadtest.gpu.peers.ctranslate2:CTranslate2",
     "transformers-static": "loadtest.gpu.peers.huggingface:TransformersStatic",
     "engine": "loadtest.gpu.engine:Engine",
+    "engine-bytes": "loadtest.gpu.engine:EngineBytes",
     "engine-overlapped": "loadtest.gpu.engine:EngineOverlapped",
 }
 # A worker stops by itself this much before it would be killed, so that it ends between two sizes.

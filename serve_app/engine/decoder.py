@@ -23,6 +23,7 @@ from kernels.persistent_step import PersistentStep
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.layers import Linear, Mlp, Weights
 from serve_app.engine.precision import Compute
+from serve_app.engine.states import Bits, Latent, SlotStates
 
 
 class SelfAttention:
@@ -58,7 +59,7 @@ class SelfAttention:
 class CrossAttention:
     """Latent cross-attention: reads the encoder state in place of keys and values."""
 
-    def __init__(self, weights: Weights, n_head: int):
+    def __init__(self, weights: Weights, n_head: int, bits: Bits):
         self.n_head = n_head
         self.norm = weights.norm("cross_attn_ln")
         attention = weights.at("cross_attn")
@@ -74,22 +75,35 @@ class CrossAttention:
         out = attention.exact("out.weight") @ attention.exact("value.bias") + attention.exact("out.bias")
         compute = weights.compute
         self.out = Linear(attention.product("out.weight"), out.to(compute.dtype))
-        self._kernel = latent_attention.LatentAttention(width, compute.device) if compute.has_kernels else None
+        self._kernel = (
+            latent_attention.LatentAttention(width, compute.device, bits=bits) if compute.has_kernels else None
+        )
 
-    def __call__(self, x: Tensor, states: Tensor) -> Tensor:
-        """x: [n, d], states: [n, 1500, d]; or several tokens of one window, [t, d] and [1, 1500, d]."""
-        n, width = x.shape
-        query = self.query(x).view(n, self.n_head, -1).transpose(0, 1)  # [heads, n, head]
-        latent = torch.bmm(query, self.key).transpose(0, 1)  # W_kᵀ q: [n, heads, d]
-        if self._kernel is not None and len(states) == n:
-            summed = torch.empty_like(latent)  # with its strides
-            self._kernel(latent, states, summed)
-        else:
-            windows = latent.reshape(len(states), -1, width)
-            summed = latent_attention.reference(windows, states).view(n, self.n_head, width)
-        mixed = x.new_empty(n, width)
+    def step(self, x: Tensor, states: Latent) -> Tensor:
+        """x: [n, d], of a token in each of n slots; states: theirs."""
+        latent = self._latent(x)
+        if self._kernel is None:
+            return self._out(latent_attention.reference(latent, states.numbers))
+        sums = torch.empty_like(latent)  # with its strides
+        self._kernel(latent, states.numbers, sums, scales=states.scales)
+        return self._out(sums)
+
+    def prefill(self, x: Tensor, state: Tensor) -> Tensor:
+        """x: [t, d], of tokens of one window; state: [1500, d]."""
+        latent = self._latent(x)
+        return self._out(latent_attention.reference(latent.reshape(1, -1, x.shape[1]), state[None]).view_as(latent))
+
+    def _latent(self, x: Tensor) -> Tensor:
+        """Queries of the state itself, W_kᵀ q: [n, d] → [n, heads, d]."""
+        query = self.query(x).view(len(x), self.n_head, -1).transpose(0, 1)  # [heads, n, head]
+        return torch.bmm(query, self.key).transpose(0, 1)
+
+    def _out(self, sums: Tensor) -> Tensor:
+        """Weighted sums of states [n, heads, d] → [n, d]."""
+        n, _, width = sums.shape
+        mixed = sums.new_empty(n, width)
         by_head = mixed.view(n, self.n_head, -1).transpose(0, 1)  # [heads, n, head]
-        torch.bmm(summed.transpose(0, 1), self.value, out=by_head)
+        torch.bmm(sums.transpose(0, 1), self.value, out=by_head)
         return self.out(mixed)
 
     def ready(self, state: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -99,17 +113,17 @@ class CrossAttention:
 
 
 class DecoderBlock:
-    def __init__(self, weights: Weights, n_head: int, keys: Tensor, values: Tensor):
+    def __init__(self, weights: Weights, n_head: int, keys: Tensor, values: Tensor, bits: Bits):
         self.self_attention = SelfAttention(weights, n_head, keys, values)
-        self.cross_attention = CrossAttention(weights, n_head)
+        self.cross_attention = CrossAttention(weights, n_head, bits)
         self.mlp_norm = weights.norm("mlp_ln")
         self.mlp = Mlp(weights)
 
-    def step(self, residual: Tensor, y: Tensor | None, states: Tensor, positions: Tensor) -> Tensor | None:
+    def step(self, residual: Tensor, y: Tensor | None, states: Latent, positions: Tensor) -> Tensor | None:
         """Adds y, the block before's last result, to the residual stream; returns this one's, if it is yet to be
         added."""
         y = self.self_attention.step(self.self_attention.norm(residual, y), positions)
-        y = self.cross_attention(self.cross_attention.norm(residual, y), states)
+        y = self.cross_attention.step(self.cross_attention.norm(residual, y), states)
         return self.mlp.into(residual, self.mlp_norm(residual, y))
 
     def tensors(self, cross_keys: Tensor, cross_values: Tensor) -> persistent_step.Layer:
@@ -140,9 +154,9 @@ class DecoderBlock:
             down_bias=mlp.down.known_bias,
         )
 
-    def prefill(self, residual: Tensor, y: Tensor | None, states: Tensor, slot: int) -> Tensor | None:
+    def prefill(self, residual: Tensor, y: Tensor | None, state: Tensor, slot: int) -> Tensor | None:
         y = self.self_attention.prefill(self.self_attention.norm(residual, y), slot)
-        y = self.cross_attention(self.cross_attention.norm(residual, y), states[slot : slot + 1])
+        y = self.cross_attention.prefill(self.cross_attention.norm(residual, y), state)
         return self.mlp.into(residual, self.mlp_norm(residual, y))
 
 
@@ -153,7 +167,8 @@ class Decoder:
     ones dense when one in their middle is done.
     """
 
-    def __init__(self, checkpoint: Checkpoint, compute: Compute, slots: int):
+    def __init__(self, checkpoint: Checkpoint, compute: Compute, slots: int, state_bits: Bits = 16):
+        """state_bits: of the numbers of the slots' encoder states (``SlotStates``)."""
         dims = checkpoint.dims
         self.dims, self.compute, self.slots = dims, compute, slots
         weights = Weights(checkpoint.tensors, compute, "decoder.")
@@ -164,15 +179,11 @@ class Decoder:
         shape = dims.n_text_layer, 2, slots, dims.n_text_ctx, dims.n_text_state
         self.caches = torch.zeros(shape, device=compute.device, dtype=compute.dtype)
         self.blocks = [
-            DecoderBlock(weights.at(f"blocks.{i}"), dims.n_text_head, keys, values)
+            DecoderBlock(weights.at(f"blocks.{i}"), dims.n_text_head, keys, values, state_bits)
             for i, (keys, values) in enumerate(self.caches)
         ]
         self.norm = weights.norm("ln")
-        self.states = torch.zeros(
-            slots, dims.n_audio_ctx, dims.n_audio_state, device=compute.device, dtype=compute.dtype
-        )
-        self._rows = self.states.unbind()
-
+        self.states = SlotStates(slots, dims.n_audio_ctx, dims.n_audio_state, compute, state_bits)
         self._few: dict[int, PersistentStep] = {}
         if compute.has_kernels and persistent_step.available(compute.device):
             self._prepare_few()
@@ -196,8 +207,9 @@ class Decoder:
     @torch.inference_mode()
     def ready(self, slot: int) -> None:
         """Makes a loaded state's keys and values for ``step_few``."""
+        state = self.states.all.exact(slot)
         for block, (keys, values) in zip(self.blocks, self._ready, strict=True):
-            block.cross_attention.ready(self.states[slot], keys[slot], values[slot])
+            block.cross_attention.ready(state, keys[slot], values[slot])
 
     @torch.inference_mode()
     def step_few(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -207,17 +219,12 @@ class Decoder:
     @torch.inference_mode()
     def load(self, slots: Sequence[int], states: Sequence[Tensor]) -> None:
         """Puts windows' encoder states [1500, d] into slots."""
-        for state in states:
-            if state.shape != self.states.shape[1:]:
-                raise ValueError(f"an encoder state is {list(self.states.shape[1:])}, got {list(state.shape)}")
-        if slots:
-            # all in one call: after each the interpreter may be given to another thread
-            torch._foreach_copy_([self._rows[slot] for slot in slots], list(states), non_blocking=True)
+        self.states.load(slots, states)
 
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
         """Copies a slot's encoder state and the first ``length`` positions of its caches into another slot."""
-        self.states[target].copy_(self.states[source])
+        self.states.move(source, target)
         self.caches[:, :, target, :length].copy_(self.caches[:, :, source, :length])
 
     @torch.inference_mode()
@@ -227,16 +234,16 @@ class Decoder:
             raise ValueError(f"{len(tokens)} tokens do not fit the decoder's context of {self.dims.n_text_ctx}")
         index = torch.tensor(tokens).to(self.compute.device)
         residual = self.embedding[index].float() + self.positions[: len(tokens)]
-        y = None
+        state, y = self.states.all.exact(slot), None
         for block in self.blocks:
-            y = block.prefill(residual, y, self.states, slot)
+            y = block.prefill(residual, y, state, slot)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens: [n] int32, one for each of the first n slots, at positions: [n] int32; the positions before must have
         been computed → float32 logits [n, n_vocab]."""
         residual = self._embed(self.embedding, self.positions, tokens, positions)
-        states, y = self.states[: len(tokens)], None
+        states, y = self.states.all.first(len(tokens)), None
         for block in self.blocks:
             y = block.step(residual, y, states, positions)
         return self._logits(self.norm(residual, y))

@@ -51,15 +51,20 @@ def features_of_window_bytes(dims: Dims, number: int) -> int:
     return dims.n_mels * 2 * dims.n_audio_ctx * number
 
 
-def slot_bytes(dims: Dims, number: int) -> int:
-    """Of one slot: self-attention cache, encoder state, one that is on its way into the slot, logits."""
+def slot_bytes(dims: Dims, number: int, state_bits: int = 16) -> int:
+    """Of one slot: self-attention cache, encoder state, one that is on its way into the slot, logits. state_bits: 8
+    where the slot's state is bytes with a scale for 64 of them."""
     cache = dims.n_text_layer * 2 * dims.n_text_ctx * dims.n_text_state * number
-    return cache + 2 * state_bytes(dims, number) + 2 * dims.n_vocab * 4
+    arriving = state_bytes(dims, number)
+    state = state_bytes(dims, 1) * 33 // 32 if state_bits == 8 else arriving
+    return cache + state + arriving + 2 * dims.n_vocab * 4
 
 
-def plan_slots(dims: Dims, number: int, share_bytes: int, queued: int, wanted: int | None = None) -> int:
+def plan_slots(
+    dims: Dims, number: int, share_bytes: int, queued: int, wanted: int | None = None, *, state_bits: int = 16
+) -> int:
     """How many slots a decoder has in its share: those wanted, or as many as fit. OutOfShare where they do not fit."""
-    fixed, each = decoder_bytes(dims, number, queued), slot_bytes(dims, number)
+    fixed, each = decoder_bytes(dims, number, queued), slot_bytes(dims, number, state_bits)
     fit = (share_bytes - fixed) // each
     if fit < (wanted or 1):
         need = fixed + (wanted or 1) * each

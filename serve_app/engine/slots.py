@@ -25,6 +25,7 @@ from serve_app.engine.graphs import SizedGraphs, buckets
 from serve_app.engine.options import DecodeOptions
 from serve_app.engine.precision import Compute
 from serve_app.engine.rules import rules_of
+from serve_app.engine.states import Bits
 from serve_app.engine.tokens import Tokens
 
 
@@ -71,9 +72,11 @@ class SlotDecoder:
     free is the next window's; where none comes, and a smaller step would do, the last rows move down."""
 
     @torch.inference_mode()
-    def __init__(self, checkpoint: Checkpoint, compute: Compute, slots: int, rules: Rules | None = None):
-        """rules: of choosing tokens, where they are not to be Whisper's own."""
-        self.decoder = Decoder(checkpoint, compute, slots)
+    def __init__(
+        self, checkpoint: Checkpoint, compute: Compute, slots: int, rules: Rules | None = None, *, state_bits: Bits = 16
+    ):
+        """rules: of choosing tokens, where they are not to be Whisper's own. state_bits: as the decoder's."""
+        self.decoder = Decoder(checkpoint, compute, slots, state_bits)
         self.tokens = Tokens(checkpoint.dims)
         vocabulary = self.tokens.vocabulary
         self._choose = NextToken(rules or rules_of(vocabulary, checkpoint.dims), compute.device, slots)

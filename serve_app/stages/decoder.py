@@ -73,7 +73,7 @@ class DecoderStage(StageReplica):
         slots = self._plan_slots(checkpoint.dims, compute)
         self._info = ModelInfo(checkpoint.name, checkpoint.dims, slots)
         rules = rules_of(Tokens(checkpoint.dims).vocabulary, checkpoint.dims, settings.decoder.max_tokens)
-        self._slots = SlotDecoder(checkpoint, compute, slots, rules)
+        self._slots = SlotDecoder(checkpoint, compute, slots, rules, state_bits=settings.decoder.state_bits)
         self._entering: deque[Entry] = deque()  # on their way from the event loop to the engine's thread
         objective_s = settings.feedback.objective_s(self.stage, on_gpu=self._gpu is not None)
         self._follow_load(settings.feedback, Bounds(least=1, most=slots, quantum=1, objective_s=objective_s, batches=1))
@@ -87,8 +87,9 @@ class DecoderStage(StageReplica):
         share = memory.share_of(compute.device, known(stage.num_gpus), stage.memory_gib)
         number = compute.dtype.itemsize
         queued = stage.max_queued_windows
-        slots = memory.plan_slots(dims, number, share, queued, stage.slots)
-        need = memory.decoder_bytes(dims, number, queued) + slots * memory.slot_bytes(dims, number)
+        slots = memory.plan_slots(dims, number, share, queued, stage.slots, state_bits=stage.state_bits)
+        each = memory.slot_bytes(dims, number, stage.state_bits)
+        need = memory.decoder_bytes(dims, number, queued) + slots * each
         memory.take_share(compute.device, share, need, what="the decoder")
         return slots
 

@@ -37,6 +37,13 @@ def test_half_of_an_80_gb_card_holds_256_slots_of_large_v3() -> None:
     assert plan_slots(LARGE, 2, 40 * GiB, 256) == 256
 
 
+def test_states_in_bytes_leave_room_for_more_slots() -> None:
+    saved = slot_bytes(LARGE, 2) - slot_bytes(LARGE, 2, state_bits=8)
+    assert saved == 1500 * 1280 * 2 - (1500 * 1280 + 1500 * 1280 // 64 * 2)  # a scale of two bytes for 64 numbers
+    share = 10 * GiB
+    assert plan_slots(BASE, 2, share // 4, 256, state_bits=8) > plan_slots(BASE, 2, share // 4, 256)
+
+
 def test_wanted_slots_are_had_or_refused_with_what_they_need() -> None:
     assert plan_slots(LARGE, 2, 40 * GiB, 256, 64) == 64
     with pytest.raises(OutOfShare, match=r"a decoder with 256 slots needs 2\d\.\d GiB .*, its share is 10\.0 GiB"):

@@ -14,6 +14,7 @@ from serve_app.engine.options import DecodeOptions
 from serve_app.engine.precision import Compute
 from serve_app.engine.rules import rules_of
 from serve_app.engine.slots import SlotDecoder, SlotTask
+from serve_app.engine.states import Bits
 from serve_app.engine.tokens import Tokens
 
 pytestmark = [
@@ -27,24 +28,24 @@ DIMS = replace(
 )
 
 
-def decoder_of(compute: Compute, slots: int) -> SlotDecoder:
+def decoder_of(compute: Compute, slots: int, state_bits: Bits = 16) -> SlotDecoder:
     weights = random_weights(DIMS, compute.device, compute.dtype)
     checkpoint = Checkpoint("random", DIMS, weights, alignment_heads=None, source="random")
     rules = rules_of(Tokens(DIMS).vocabulary, DIMS, MOST_TOKENS)
-    return SlotDecoder(checkpoint, compute, slots, rules)
+    return SlotDecoder(checkpoint, compute, slots, rules, state_bits=state_bits)
 
 
 def task(name: int, state: Tensor) -> SlotTask:
     return SlotTask(str(name), state, DecodeOptions(language="en", timestamps=False, temperatures=(0.0,)))
 
 
-@pytest.mark.parametrize(("dtype", "right"), [("float32", 1.0), ("float16", 0.9)])
-def test_windows_that_come_and_go_write_what_they_write_alone(dtype: str, right: float) -> None:
+@pytest.mark.parametrize(("dtype", "bits", "right"), [("float32", 16, 1.0), ("float16", 16, 0.9), ("float16", 8, 0.9)])
+def test_windows_that_come_and_go_write_what_they_write_alone(dtype: str, bits: Bits, right: float) -> None:
     compute = Compute.resolve("cuda", dtype)
     generator = torch.Generator(compute.device).manual_seed(3)
     shape = WINDOWS, DIMS.n_audio_ctx, DIMS.n_audio_state
     states = torch.randn(shape, generator=generator, device=compute.device).to(compute.dtype)
-    alone = decoder_of(compute, 1)
+    alone = decoder_of(compute, 1, bits)
     expected = []
     for i, state in enumerate(states):
         alone.admit([task(i, state)])
@@ -52,7 +53,7 @@ def test_windows_that_come_and_go_write_what_they_write_alone(dtype: str, right:
             expected += [window.tokens for _, window in alone.step()]
     assert len({tuple(tokens) for tokens in expected}) > WINDOWS // 2  # they differ
 
-    decoder = decoder_of(compute, SLOTS)
+    decoder = decoder_of(compute, SLOTS, bits)
     waiting, cancelled = list(enumerate(states)), {"3", "11"}
     done: dict[str, list[int]] = {}
     began = step = gaps = 0

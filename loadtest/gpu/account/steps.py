@@ -20,7 +20,7 @@ def graphs(setting: Setting) -> list[Comparison]:
     device, dims = torch.device(setting.device), setting.dims
     engine = engine_of(setting)
     slots = engine.slots
-    slots.decoder.states.normal_()
+    slots.decoder.states.all.numbers.normal_()
     state = new_state(Task.of(dims).prompt, position=MIDDLE, timestamps=False, temperature=0.0, seed=0)
     rows = []
     for size in STEP_SIZES:

@@ -44,6 +44,7 @@ from loadtest.identity import CATEGORIES, Samples, read_windows
 from loadtest.scoring import Score
 from serve_app.engine.checkpoint import Checkpoint, load
 from serve_app.engine.precision import Compute
+from serve_app.engine.states import Bits
 
 SLOTS = 32
 LISTED = 20  # mistakes shown on the screen; the JSON has all
@@ -84,13 +85,14 @@ def compare(
     cut: Sequence[Sequence[Samples]],
     device: torch.device,
     slots: int = SLOTS,
+    state_bits: Bits = 16,
 ) -> Outcome:
     """The engine and openai-whisper's FP16 (on the CPU: both FP32), beside openai-whisper's FP32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     fp16 = device.type == "cuda"
     precision = "FP16" if fp16 else "FP32"
     model = Reference(checkpoint, device)
-    engine = Engine(checkpoint, Compute.resolve(device.type, "float16" if fp16 else "float32"), slots)
+    engine = Engine(checkpoint, Compute.resolve(device.type, "float16" if fp16 else "float32"), slots, state_bits)
     ours, theirs = System(f"whisper-serve, {precision}"), System(f"openai-whisper, {precision}")
     texts: Texts = defaultdict(list)
     right_texts: Texts = defaultdict(list)
@@ -172,6 +174,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--slots", type=int, default=SLOTS, help="windows that the engine decodes together (%(default)s)"
     )
+    parser.add_argument(
+        "--state-bits", type=int, choices=(8, 16), default=16, help="of the engine's encoder states (%(default)s)"
+    )
     parser.add_argument("--files", type=int, help="only so many recordings, spread over the set")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--commit", help="commit of this code, where it lies outside of its repository")
@@ -187,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = chosen[:: max(1, len(chosen) // options.files)][: options.files]
     cut = asyncio.run(read_windows(chosen))
     began = time.monotonic()
-    outcome = compare(checkpoint, chosen, cut, torch.device(options.device), options.slots)
+    outcome = compare(checkpoint, chosen, cut, torch.device(options.device), options.slots, options.state_bits)
     seconds = time.monotonic() - began
     console, systems = report.console(), (outcome.ours, outcome.theirs)
     _print(console, checkpoint.name, systems)
@@ -208,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "model": checkpoint.name,
             "device": options.device,
             "slots": options.slots,
+            "state_bits": options.state_bits,
             "seconds": seconds,
             "systems": rows,
             "error_rates": {name: asdict(rate) for name, rate in zip(("ours", "right"), rates, strict=True)},

@@ -17,6 +17,7 @@ from serve_app.engine.features import LogMel
 from serve_app.engine.options import DecodeOptions
 from serve_app.engine.precision import Compute
 from serve_app.engine.slots import SlotDecoder, SlotTask
+from serve_app.engine.states import Bits
 from serve_app.engine.tokens import Tokens
 
 
@@ -46,10 +47,10 @@ def forced_states(
 class Engine:
     """This project's, from samples to tokens, in slots."""
 
-    def __init__(self, checkpoint: Checkpoint, compute: Compute, slots: int):
+    def __init__(self, checkpoint: Checkpoint, compute: Compute, slots: int, state_bits: Bits = 16):
         self.compute, self.tokens = compute, Tokens(checkpoint.dims)
         self._log_mel, self._encoder = LogMel(checkpoint.dims.n_mels, compute), Encoder(checkpoint, compute)
-        self._slots = SlotDecoder(checkpoint, compute, slots)
+        self._slots = SlotDecoder(checkpoint, compute, slots, state_bits=state_bits)
 
     def encode(self, windows: Sequence[Window]) -> Tensor:
         return self._encoder(self._log_mel([window.samples for window in windows]))

@@ -35,7 +35,7 @@ def _rows(model: str) -> list[Row]:
     weights = work.random_weights(dims, device, torch.float16)
     checkpoint = Checkpoint("random", dims, weights, alignment_heads=None, source="random")
     decoder = Decoder(checkpoint, Compute.resolve("cuda", "float16"), max(SLOTS))
-    decoder.states.normal_()
+    decoder.states.all.numbers.normal_()
     width, layers = dims.n_text_state, dims.n_text_layer
     rows: list[Row] = []
     for n in SLOTS:
