@@ -15,9 +15,8 @@
 // warp takes the softmax of its heads, a lane a position; and all warps need the weights of all heads. Queries and the
 // output's accumulators stay in registers.
 #include "hopper.cuh"
+#include "latent_parts.cuh"
 
-constexpr int POSITIONS = 1500;
-constexpr int TILES = (POSITIONS + KEYS - 1) / KEYS;  // of a window
 constexpr int THREADS = WARPS * 32;
 constexpr int COLUMNS = WIDTH / WARPS;  // of a warp
 constexpr int STEPS = COLUMNS / 16;
@@ -48,11 +47,6 @@ constexpr int ARRIVED_AT = RESCALE_AT + PADDED_HEADS * 4;  // a barrier for each
 
 static_assert(WIDTH % (16 * WARPS) == 0, "each warp owns whole steps of 16 columns");
 static_assert(KEYS == 16 || KEYS == 32, "a lane a position");
-
-struct Tile {
-    int window, first;  // position
-    DEVICE explicit Tile(int index) : window(index / TILES), first(index % TILES * KEYS) {}
-};
 
 // Starts copying a warp's columns of a tile. Rows behind the window's end repeat its last one: their weights are zero,
 // but what those multiply must be numbers.
@@ -111,9 +105,6 @@ DEVICE void dequantise_slice(char* halves, const char* stage, int column, int la
                            dequantise(bytes.w, 0x4140, scale), dequantise(bytes.w, 0x4342, scale));
     }
 }
-
-// First tile of a block's run, of ``tiles`` shared among ``blocks``.
-DEVICE int run_begin(int block, int tiles, int blocks) { return int((long long)tiles * block / blocks); }
 
 // queries, out: FP16, head h of window w at w · window_stride + h · head_stride
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -289,11 +280,9 @@ latent_attention(const char* states, const half_t* scales, const half_t* queries
             load(index + STAGES);
         }
 
-        if (index == end - 1 || tile.first + KEYS >= POSITIONS) {
+        if (index == end - 1 || tile.ends_window()) {
             // the window, or what this block has of it, is done
-            const int window_begin = tile.window * TILES;
-            const bool whole = window_begin >= begin && window_begin + TILES <= end;
-            const int part = 2 * blockIdx.x + (window_begin > begin ? 1 : 0);
+            const Part part(tile.window, begin, end);
             __syncthreads();
 #pragma unroll
             for (int j = 0; j < OWN_HEADS; j++) {
@@ -301,12 +290,13 @@ latent_attention(const char* states, const half_t* scales, const half_t* queries
                 const float total = warp_sum(sum[j]);
                 if (lane == 0 && head < HEADS) {
                     rescales[head] = 1.0f / total;
-                    if (!whole) partial_sums[part * HEADS + head] = make_float2(maximum[j], total);
+                    if (!part.whole) partial_sums[part.index * HEADS + head] = make_float2(maximum[j], total);
                 }
             }
             __syncthreads();
-            half_t* to = whole ? out + (long long)tile.window * window_stride : partial_out + (long long)part * HEADS * WIDTH;
-            const int stride = whole ? head_stride : WIDTH;
+            half_t* to = part.whole ? out + (long long)tile.window * window_stride
+                                    : partial_out + (long long)part.index * HEADS * WIDTH;
+            const int stride = part.whole ? head_stride : WIDTH;
 #pragma unroll
             for (int j = 0; j < HEAD_TILES; j++)
 #pragma unroll
@@ -323,52 +313,4 @@ latent_attention(const char* states, const half_t* scales, const half_t* queries
                 }
         }
     }
-}
-
-constexpr int MOST_BLOCKS = TILES + 1;  // that share a window
-
-// Puts together the windows that several blocks share. Grid: windows × heads × parts of the width, a thread four columns.
-extern "C" __global__ void __launch_bounds__(WIDTH / 4)
-latent_attention_combine(const half_t* partial_out, const float2* partial_sums, half_t* out, int windows, int blocks,
-                         int window_stride, int head_stride) {
-    const int window = blockIdx.x, head = blockIdx.y;
-    const int tiles = windows * TILES, window_begin = window * TILES;
-    // the block of the window's first tile, and of its last: run_begin, inverted
-    const int first = int(((long long)(window_begin + 1) * blocks - 1) / tiles);
-    const int last = int(((long long)(window_begin + TILES) * blocks - 1) / tiles);
-    if (first == last) return;
-    // only the first may have begun before the window
-    const int first_part = 2 * first + (window_begin > run_begin(first, tiles, blocks) ? 1 : 0);
-    auto part = [&](int block) { return (block == first ? first_part : 2 * block) * HEADS + head; };
-
-    __shared__ float shares[MOST_BLOCKS];
-    if (threadIdx.x < 32) {
-        float maximum = -infinity(), sum = 0.0f;
-        for (int block = first + threadIdx.x; block <= last; block += 32)
-            maximum = fmaxf(maximum, partial_sums[part(block)].x);
-        maximum = warp_max(maximum);
-        for (int block = first + threadIdx.x; block <= last; block += 32) {
-            const float2 sums = partial_sums[part(block)];
-            const float share = sums.y * exp2_approximate(sums.x - maximum);
-            shares[block - first] = share;
-            sum += share;
-        }
-        sum = warp_sum(sum);
-        for (int block = first + threadIdx.x; block <= last; block += 32) shares[block - first] /= sum;
-    }
-    __syncthreads();
-    const int i = (blockIdx.z * blockDim.x + threadIdx.x) * 4;
-    float2 left = make_float2(0.0f, 0.0f), right = left;
-#pragma unroll 8
-    for (int block = first; block <= last; block++) {
-        const uint2 four = *reinterpret_cast<const uint2*>(partial_out + (long long)part(block) * WIDTH + i);
-        const float share = shares[block - first];
-        const float2 a = to_float2(four.x), b = to_float2(four.y);
-        left.x += share * a.x;
-        left.y += share * a.y;
-        right.x += share * b.x;
-        right.y += share * b.y;
-    }
-    half_t* to = out + (long long)window * window_stride + head * head_stride + i;
-    *reinterpret_cast<uint2*>(to) = make_uint2(to_half2(left.x, left.y), to_half2(right.x, right.y));
 }
