@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.compile import Build, build
-from kernels.launch import Kernel
+from kernels.launch import Kernel, tensor_map
 
 POSITIONS = 1500
 GROUP = 64
 """Columns that share a scale where the state is in bytes."""
+
+LARGEST_SCALE = 56.0
+"""Of bytes: 1152 times it is still an FP16 number."""
 
 FEW = 8
 """Windows that are put together by many small blocks, as there are many parts of each."""
@@ -28,9 +31,54 @@ HEADS = {384: 6, 512: 8, 768: 12, 1024: 16, 1280: 20}
 """Whisper's widths, and how many heads each has."""
 
 
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90a": 227 * 1024, "sm_100": 227 * 1024}
+"""Bytes of shared memory that a block may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class HopperShape:
+    """How Hopper's kernel is cut: positions in a tile, tiles held in shared memory."""
+
+    keys: int
+    stages: int
+
+    def shared_bytes(self, width: int, bits: int) -> int:
+        """Dynamic shared memory of a block, as the source lays it out."""
+        heads = -(-HEADS[width] // 8) * 8
+        score_warps = 4
+        tile = self.keys * width * bits // 8
+        scales = -(-width // GROUP * self.keys * 2 // 128) * 128 if bits == 8 else 0
+        partial_scores = 2 * score_warps * heads * (self.keys + 4) * 4
+        weights, factors, flags, barriers = heads * (self.keys + 8) * 2, 2 * heads * 4, score_warps * 4, 3 * 8
+        stage = tile + scales + weights + factors + flags + barriers
+        return 1024 + partial_scores + self.stages * stage  # 1024 to begin at a multiple of it
+
+
+def hopper_shape(width: int, bits: int) -> HopperShape:
+    """The largest tiles of which there is room for four: one is weighed, one summed, others are on their way."""
+    for keys in (64, 32, 16):
+        for stages in range(8, 3, -1):
+            cut = HopperShape(keys, stages)
+            if cut.shared_bytes(width, bits) <= SHARED_LIMIT["sm_90a"]:
+                return cut
+    raise ValueError(f"no cut for a state {width} wide")
+
+
+def hopper_build(width: int, bits: int, cut: HopperShape) -> Build:
+    return build(
+        "latent_attention_sm90.cu",
+        ("sm_90a",),
+        WIDTH=width,
+        HEADS=HEADS[width],
+        BITS=bits,
+        KEYS=cut.keys,
+        STAGES=cut.stages,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How the kernel is cut: positions in a tile, tiles held in shared memory, warps of a block."""
+    """How the kernel for other GPUs is cut: positions in a tile, tiles held in shared memory, warps of a block."""
 
     keys: int
     stages: int
@@ -52,8 +100,8 @@ class Shape:
 
 
 def shape(width: int, bits: int, shared_limit: int) -> Shape:
-    """The cut for a model's width, and what a block may have of shared memory on the GPU: 227 KB on Hopper, 163 KB on
-    A100, 99 KB on consumer cards."""
+    """The cut of the kernel for other GPUs than Hopper for a model's width, and what a block may have of shared memory
+    on the GPU: 227 KB on Blackwell, 163 KB on A100, 99 KB on consumer cards."""
     for keys, most in ((32, 4), (16, 4)):
         for stages in range(most, 0 if keys == 16 else 1, -1):
             cut = Shape(keys, stages)
@@ -91,20 +139,25 @@ def plan_blocks(windows: int, tiles: int, multiprocessors: int) -> int:
 
 
 class LatentAttention:
-    """The kernel for one width on one GPU; ``bits``: of the state's numbers, 16 or 8."""
+    """The kernel for one width on one GPU; ``bits``: of the state's numbers, 16 or 8. Hopper has its own, unless a cut
+    of the other one is given."""
 
-    def __init__(self, width: int, device: torch.device, *, bits: int = 16, cut: Shape | None = None):
+    def __init__(self, width: int, device: torch.device, *, bits: int = 16, cut: Shape | HopperShape | None = None):
         if width not in HEADS:
             raise ValueError(f"Whisper models are {', '.join(map(str, HEADS))} wide, not {width}")
         if bits not in (8, 16):
             raise ValueError(f"a state's numbers have 8 or 16 bits, not {bits}")
         self.width, self.heads, self.bits = width, HEADS[width], bits
         properties = torch.cuda.get_device_properties(device)
+        if cut is None and torch.cuda.get_device_capability(device) == (9, 0):
+            cut = hopper_shape(width, bits)
         limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # PyTorch's stub lacks it
         self.cut = cut or shape(width, bits, limit)
-        made = latent_build(width, bits, self.cut)
-        shared_bytes = self.cut.shared_bytes(width, bits)
-        self._attend = Kernel(made, "latent_attention", device, shared_bytes=shared_bytes)
+        if isinstance(self.cut, HopperShape):
+            made, name, self._threads = hopper_build(width, bits, self.cut), "latent_attention_sm90", 384
+        else:
+            made, name, self._threads = latent_build(width, bits, self.cut), "latent_attention", 32 * self.cut.warps
+        self._attend = Kernel(made, name, device, shared_bytes=self.cut.shared_bytes(width, bits))
         self._combine = Kernel(made, "latent_attention_combine", device)
         self._tiles = -(-POSITIONS // self.cut.keys)
         self._multiprocessors = properties.multi_processor_count
@@ -120,6 +173,9 @@ class LatentAttention:
         expected = (windows, self.heads, self.width)
         if queries.shape != expected or out.shape != expected or queries.stride() != out.stride():
             raise ValueError(f"queries and out must be {list(expected)} with the same strides")
+        window_stride, head_stride, last_stride = queries.stride()
+        if last_stride != 1 or any(n % 8 for n in (window_stride, head_stride)):
+            raise ValueError("rows of queries and out must be contiguous and begin at multiples of 16 bytes")
         if states.shape != (windows, POSITIONS, self.width) or not states.is_contiguous():
             raise ValueError(f"states must be [{windows}, {POSITIONS}, {self.width}], got {list(states.shape)}")
         if states.dtype != (torch.float16 if self.bits == 16 else torch.uint8) or queries.dtype != torch.float16:
@@ -127,19 +183,18 @@ class LatentAttention:
         if (scales is None) != (self.bits == 16):
             raise ValueError("states in bytes need scales, others have none")
         blocks = plan_blocks(windows, self._tiles, self._multiprocessors)
-        window_stride, head_stride, _ = (ctypes.c_int(stride) for stride in queries.stride())
+        strides = ctypes.c_int(window_stride), ctypes.c_int(head_stride)
+        source = (states, scales) if isinstance(self.cut, Shape) else self._maps(self.cut, states, scales)
         self._attend(
             blocks,
-            32 * self.cut.warps,
-            states,
-            scales,
+            self._threads,
+            *source,
             queries,
             out,
             self._partial_out,
             self._partial_sums,
             ctypes.c_int(windows),
-            window_stride,
-            head_stride,
+            *strides,
             ctypes.c_float(log2(torch.e) / 8),
         )
         if windows % blocks:  # else every block holds whole windows
@@ -152,16 +207,36 @@ class LatentAttention:
                 out,
                 ctypes.c_int(windows),
                 ctypes.c_int(blocks),
-                window_stride,
-                head_stride,
+                *strides,
             )
+
+    def _maps(self, cut: HopperShape, states: Tensor, scales: Tensor | None) -> tuple[object, ...]:
+        """What the copy engine needs to know: a tile is 128 bytes of each of its rows, then the next 128, and so on."""
+        windows, size = len(states), states.element_size()
+        chunks, columns = self.width * size // 128, 128 // size
+        row = self.width * size
+        by_chunk = tensor_map(
+            states,
+            (1, chunks, cut.keys, columns),
+            (windows, chunks, POSITIONS, columns),
+            strides=(POSITIONS * row, 128, row, size),
+        )
+        if scales is None:
+            return (by_chunk,)
+        groups, positions = scales.shape[1:]
+        return by_chunk, tensor_map(scales, (1, groups, cut.keys), (windows, groups, positions), swizzled=False)
 
 
 def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
     """states [..., 1500, d] → bytes of the same shape, 128 standing for 0, and the scales [..., d / 64, 1504] FP16 of
-    each 64 columns of a position. The scales lie by column group, so that a tile's are read in a row."""
+    each 64 columns of a position. The scales lie by column group, so that a tile's are read in a row.
+
+    A scale has 7 significant bits, rounded up, so that 1152 times it is an FP16 number too, which saves Hopper's kernel
+    an instruction for every two bytes; larger numbers than 7000 are cut off, so that this stays finite."""
     groups = states.float().unflatten(-1, (-1, GROUP))
-    scales = (groups.abs().amax(dim=-1) / 127).clamp(min=2**-24).half()
+    fraction, exponent = torch.frexp(groups.abs().amax(dim=-1) / 127)
+    scales = torch.ldexp((fraction * 128).ceil() / 128, exponent)
+    scales = ((scales * 2**24).ceil() / 2**24).clamp(2**-24, LARGEST_SCALE).half()  # of FP16's smallest, whole steps
     numbers = (groups / scales.float()[..., None]).round().clamp(-127, 127) + 128
     by_group = F.pad(scales.transpose(-1, -2), (0, -POSITIONS % 8))
     return numbers.flatten(-2).to(torch.uint8), by_group.contiguous()
@@ -181,12 +256,15 @@ def reference(queries: Tensor, states: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(queries[:, None], shared, shared, scale=1 / 8)[:, 0]
 
 
-BUILDS = tuple(
-    dict.fromkeys(
-        Build(made.source, made.definitions, architectures)
-        for architectures, limit in ((("sm_80",), 163), (("sm_89",), 99), (("sm_90a", "sm_100"), 227))
-        for width in HEADS
-        for bits in (16, 8)
-        for made in [latent_build(width, bits, shape(width, bits, limit * 1024))]
-    )
-)
+def _builds() -> tuple[Build, ...]:
+    portable: dict[Build, list[str]] = {}
+    for architecture in ("sm_80", "sm_89", "sm_100"):
+        for width in HEADS:
+            for bits in (16, 8):
+                made = latent_build(width, bits, shape(width, bits, SHARED_LIMIT[architecture]))
+                portable.setdefault(made, []).append(architecture)
+    hopper = [hopper_build(width, bits, hopper_shape(width, bits)) for width in HEADS for bits in (16, 8)]
+    return (*hopper, *(Build(made.source, made.definitions, tuple(where)) for made, where in portable.items()))
+
+
+BUILDS = _builds()

@@ -100,35 +100,59 @@ def _value(argument: Any) -> Any:
 class _Memory:
     """An address with a shape, for cuda-python: it does not keep the memory, as a tensor would."""
 
-    def __init__(self, address: int, shape: tuple[int, ...], kind: str):
-        self.__cuda_array_interface__ = {"version": 3, "typestr": kind, "shape": shape, "data": (address, False)}
+    def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, kind: str):
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "typestr": kind,
+            "shape": shape,
+            "strides": strides,
+            "data": (address, False),
+        }
 
 
 @lru_cache(maxsize=4096)
-def _tensor_map(address: int, shape: tuple[int, ...], box: tuple[int, ...], index: int, kind: str) -> Any:
+def _tensor_map(
+    address: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None,
+    box: tuple[int, ...],
+    index: int,
+    kind: str,
+    swizzled: bool,
+) -> Any:
     from cuda.core import Device
     from cuda.core.utils import StridedMemoryView
 
     Device(index).set_current()
-    view = StridedMemoryView.from_cuda_array_interface(_Memory(address, shape, kind), stream_ptr=-1)
-    swizzle, promotion = _tensor_map_enums()
+    view = StridedMemoryView.from_cuda_array_interface(_Memory(address, shape, strides, kind), stream_ptr=-1)
+    swizzles, promotion = _tensor_map_enums()
+    swizzle = swizzles.SWIZZLE_128B if swizzled else swizzles.NONE
     return view.as_tensor_map(box_dim=box, swizzle=swizzle, l2_promotion=promotion)
 
 
 def _tensor_map_enums() -> tuple[Any, Any]:
     from cuda.core import _tensor_map as enums  # NOTES: 1.2 takes these enumerations and exports them nowhere else
 
-    return enums.TensorMapSwizzle.SWIZZLE_128B, enums.TensorMapL2Promotion.L2_128B
+    return enums.TensorMapSwizzle, enums.TensorMapL2Promotion.L2_128B
 
 
-def tensor_map(tensor: Tensor, box: tuple[int, ...], shape: tuple[int, ...] | None = None) -> Any:
-    """What Hopper's copy engine needs to know of a contiguous FP16 or FP32 tensor; an argument for a ``Kernel``.
+def tensor_map(
+    tensor: Tensor,
+    box: tuple[int, ...],
+    shape: tuple[int, ...] | None = None,
+    *,
+    strides: tuple[int, ...] | None = None,
+    swizzled: bool = True,
+) -> Any:
+    """What Hopper's copy engine needs to know of a contiguous FP16, FP32 or byte tensor; an argument for a ``Kernel``.
 
-    box: what one copy moves, outermost first as in ``shape`` (by default the tensor's own; at most 5 dimensions); its
-    innermost extent is one 128-byte row (64 or 32 elements), stored with the 128-byte swizzle. What lies outside of the
-    tensor is read as zeros and not written. Maps are kept by address and shape, which decide all that is in them, so a
-    replay of a CUDA Graph, which finds its tensors where they were, finds its maps right too.
+    box: what one copy moves, outermost first as in ``shape`` (by default the tensor's own; at most 5 dimensions).
+    strides: of ``shape``, in bytes, where they are not those of an array without gaps. Where ``swizzled``, a box's
+    innermost extent is one row of 128 bytes and is stored with the 128-byte swizzle. What lies outside of the tensor is
+    read as zeros and not written. Maps are kept by address and shape, which decide all that is in them, so a replay of
+    a CUDA Graph, which finds its tensors where they were, finds its maps right too.
     """
     index = torch.cuda.current_device() if tensor.device.index is None else tensor.device.index
-    kind = {torch.float16: "<f2", torch.float32: "<f4"}[tensor.dtype]
-    return _tensor_map(tensor.data_ptr(), tuple(tensor.shape if shape is None else shape), box, index, kind)
+    kind = {torch.float16: "<f2", torch.float32: "<f4", torch.uint8: "|u1"}[tensor.dtype]
+    extents = tuple(tensor.shape if shape is None else shape)
+    return _tensor_map(tensor.data_ptr(), extents, strides, box, index, kind, swizzled)

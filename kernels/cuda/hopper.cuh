@@ -58,6 +58,22 @@ DEVICE void copy_tile_2d(unsigned shared, const TensorMap* map, unsigned barrier
         : "memory");
 }
 
+DEVICE void copy_tile_3d(unsigned shared, const TensorMap* map, unsigned barrier, int x, int y, int z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+            "r"(shared),
+        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+
+DEVICE void copy_tile_4d(unsigned shared, const TensorMap* map, unsigned barrier, int x, int y, int z, int w) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared),
+        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
+        : "memory");
+}
+
 // ---- matrix products by a warpgroup ----
 
 // Orders this warpgroup's register and shared-memory accesses before the products that follow.
