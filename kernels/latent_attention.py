@@ -24,8 +24,11 @@ GROUP = 64
 LARGEST_SCALE = 56.0
 """Of bytes: 1152 times it is still an FP16 number."""
 
-FEW = 8
-"""Windows that are put together by many small blocks, as there are many parts of each."""
+FEW_PARTS = 3
+"""Of a window, which Hopper's kernel puts together itself: whoever ends last. More are read by more of the GPU."""
+
+SUM_WARPS = 8
+"""Of Hopper's kernel: each puts its columns together by itself."""
 
 HEADS = {384: 6, 512: 8, 768: 12, 1024: 16, 1280: 20}
 """Whisper's widths, and how many heads each has."""
@@ -164,6 +167,7 @@ class LatentAttention:
         parts = 2 * self._multiprocessors
         self._partial_out = torch.empty(parts, self.heads, width, device=device, dtype=torch.float16)
         self._partial_sums = torch.empty(parts, self.heads, 2, device=device, dtype=torch.float32)
+        self._arrivals = torch.zeros(self._multiprocessors, SUM_WARPS, device=device, dtype=torch.int32)
 
     def __call__(self, queries: Tensor, states: Tensor, out: Tensor, *, scales: Tensor | None = None) -> None:
         """queries, out: [windows, heads, width] FP16, contiguous in the last dimension. states: [windows, 1500, width],
@@ -184,7 +188,15 @@ class LatentAttention:
             raise ValueError("states in bytes need scales, others have none")
         blocks = plan_blocks(windows, self._tiles, self._multiprocessors)
         strides = ctypes.c_int(window_stride), ctypes.c_int(head_stride)
-        source = (states, scales) if isinstance(self.cut, Shape) else self._maps(self.cut, states, scales)
+        combined = windows % blocks == 0  # every block holds whole windows
+        source: tuple[object, ...]
+        arrivals: tuple[object, ...] = ()
+        if isinstance(self.cut, Shape):
+            source = states, scales
+        else:
+            source = self._maps(self.cut, states, scales)
+            combined |= blocks <= FEW_PARTS * windows
+            arrivals = (self._arrivals if combined else None,)
         self._attend(
             blocks,
             self._threads,
@@ -193,15 +205,15 @@ class LatentAttention:
             out,
             self._partial_out,
             self._partial_sums,
+            *arrivals,
             ctypes.c_int(windows),
             *strides,
             ctypes.c_float(log2(torch.e) / 8),
         )
-        if windows % blocks:  # else every block holds whole windows
-            threads = 32 if windows < FEW else self.width // 4
+        if not combined:
             self._combine(
-                (windows, self.heads, self.width // 4 // threads),
-                threads,
+                (windows, self.heads, self.width // 128),
+                256,
                 self._partial_out,
                 self._partial_sums,
                 out,

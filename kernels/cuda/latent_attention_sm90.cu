@@ -8,7 +8,8 @@
 //   BITS          16: x is FP16. 8: x is bytes (128 stands for 0) with one FP16 scale for each 64 columns
 //
 // A block works off a run of tiles, which may cross windows; what it has of a window that it does not hold whole goes
-// into ``partial``, and latent_attention_combine puts such parts together.
+// into ``partial``. Where few blocks share a window, the last one to finish puts their parts together; else
+// latent_attention_combine does.
 //
 // NOTES: each step of a tile is a chain of waits, so the steps of different tiles run side by side in different warps.
 // Four warps turn tiles into weights: each multiplies a quarter of the columns with its part of the queries, which
@@ -75,6 +76,7 @@ struct Place {
 // A block's work, and where things are.
 struct Run {
     int begin, end;
+    int tiles;  // of all blocks
     char* shared;
     unsigned barriers;
 
@@ -397,8 +399,74 @@ DEVICE void store(half_t* to, int stride, const Sums& all, int i, int lane) {
     }
 }
 
+// Puts together a warp's columns of a window, if it is the last of the warps that have them, one a block. The sum is in
+// the order of the parts, whoever takes it. ``arrivals``: of each block as the last of a window, and each warp; zeros
+// before and after.
+DEVICE void join(const Run& run, int window, half_t* out, const half_t* partial_out, const float2* partial_sums,
+                 unsigned* arrivals, int head_stride, int warp, int lane) {
+    const Sharing sharing(window, run.tiles, gridDim.x);
+    const unsigned others = sharing.last - sharing.first;
+    __syncwarp();
+    bool last = false;
+    if (lane == 0) {
+        __threadfence();
+        last = atomicInc(arrivals + sharing.last * SUM_WARPS + warp, others) == others;
+        __threadfence();
+    }
+    if (!__any_sync(ALL_LANES, last)) return;
+
+    // a lane's head for the parts' shares
+    const float2* const own_sums = partial_sums + min(lane, HEADS - 1);
+    float maximum = -infinity(), total = 0.0f;
+    for (int block = sharing.first; block <= sharing.last; block++) {
+        const float2 sums = own_sums[sharing.part(block) * HEADS];
+        const float next = fmaxf(maximum, sums.x);
+        total = total * exp2_approximate(maximum - next) + sums.y * exp2_approximate(sums.x - next);
+        maximum = next;
+    }
+    const float norm = 1.0f / total;
+
+    // eight columns in a row of each block of columns, of every eighth head
+#pragma unroll 1
+    for (int first_head = 0; first_head < HEADS; first_head += 8) {
+        const int head = min(first_head + lane / 4, HEADS - 1);
+        const int at = head * WIDTH + warp * BLOCK + lane % 4 * 8;
+        float2 sums[OWN_BLOCKS][4] = {};
+#pragma unroll 2
+        for (int block = sharing.first; block <= sharing.last; block++) {
+            const int part = sharing.part(block);
+            const half_t* const from = partial_out + (long long)part * HEADS * WIDTH + at;
+            uint4 eights[OWN_BLOCKS];
+#pragma unroll
+            for (int i = 0; i < OWN_BLOCKS; i++)
+                if (has_block(warp, i)) eights[i] = *reinterpret_cast<const uint4*>(from + i * SUM_WARPS * BLOCK);
+            const float2 all = own_sums[part * HEADS];
+            const float share = __shfl_sync(ALL_LANES, all.y * exp2_approximate(all.x - maximum) * norm, head);
+#pragma unroll
+            for (int i = 0; i < OWN_BLOCKS; i++)
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    if (!has_block(warp, i)) break;
+                    const float2 two = to_float2(word(eights[i], k));
+                    sums[i][k].x += share * two.x;
+                    sums[i][k].y += share * two.y;
+                }
+        }
+        half_t* const to = out + head * head_stride + warp * BLOCK + lane % 4 * 8;
+#pragma unroll
+        for (int i = 0; i < OWN_BLOCKS; i++) {
+            if (!has_block(warp, i)) break;
+            unsigned eight[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) eight[k] = to_half2(sums[i][k].x, sums[i][k].y);
+            *reinterpret_cast<uint4*>(to + i * SUM_WARPS * BLOCK) = make_uint4(eight[0], eight[1], eight[2], eight[3]);
+        }
+    }
+}
+
 template <typename Load>
-DEVICE void sum(const Run& run, half_t* out, half_t* partial_out, int window_stride, int head_stride, Load load) {
+DEVICE void sum(const Run& run, half_t* out, half_t* partial_out, const float2* partial_sums, unsigned* arrivals,
+                int window_stride, int head_stride, Load load) {
     const int warp = threadIdx.x / 32 - SCORE_WARPS, lane = threadIdx.x % 32;
     const int group = lane / 4, member = lane % 4;
     const int chunk = warp / CHUNK_BLOCKS * CHUNK;
@@ -494,29 +562,33 @@ DEVICE void sum(const Run& run, half_t* out, half_t* partial_out, int window_str
         __syncwarp();
         if (ends) {
             const Part part(tile.window, run.begin, run.end);
-            half_t* const to = part.whole ? out + (long long)tile.window * window_stride
-                                          : partial_out + (long long)part.index * HEADS * WIDTH;
+            half_t* const whole = out + (long long)tile.window * window_stride;
+            half_t* const to = part.whole ? whole : partial_out + (long long)part.index * HEADS * WIDTH;
             const int stride = part.whole ? head_stride : WIDTH;
 #pragma unroll
             for (int i = 0; i < OWN_BLOCKS; i++)
                 if (has_block(warp, i)) store(to + (warp + SUM_WARPS * i) * BLOCK, stride, all, i, lane);
             all.clear();
+            if (!part.whole && arrivals)
+                join(run, tile.window, whole, partial_out, partial_sums, arrivals, head_stride, warp, lane);
         }
     }
 }
 
 // queries, out: FP16, head h of window w at w · window_stride + h · head_stride, multiples of 8
+// arrivals: see join; null where latent_attention_combine follows
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 latent_attention_sm90(const __grid_constant__ TensorMap states_map,
 #if BITS == 8
                       const __grid_constant__ TensorMap scales_map,
 #endif
-                      const half_t* queries, half_t* out, half_t* partial_out, float2* partial_sums, int windows,
-                      int window_stride, int head_stride, float scale_log2) {
+                      const half_t* queries, half_t* out, half_t* partial_out, float2* partial_sums,
+                      unsigned* arrivals, int windows, int window_stride, int head_stride, float scale_log2) {
     extern __shared__ char memory[];
     Run run;
-    run.begin = run_begin(blockIdx.x, windows * TILES, gridDim.x);
-    run.end = run_begin(blockIdx.x + 1, windows * TILES, gridDim.x);
+    run.tiles = windows * TILES;
+    run.begin = run_begin(blockIdx.x, run.tiles, gridDim.x);
+    run.end = run_begin(blockIdx.x + 1, run.tiles, gridDim.x);
     run.shared = memory + (-shared_address(memory) & 1023);
     run.barriers = shared_address(run.shared + BARRIERS_AT);
 
@@ -550,6 +622,6 @@ latent_attention_sm90(const __grid_constant__ TensorMap states_map,
         if (threadIdx.x == SCORE_WARPS * 32)
             for (int i = 0; i < STAGES && run.begin + i < run.end; i++) load(run.begin + i, i);
         __syncwarp();
-        sum(run, out, partial_out, window_stride, head_stride, load);
+        sum(run, out, partial_out, partial_sums, arrivals, window_stride, head_stride, load);
     }
 }

@@ -27,50 +27,71 @@ struct Part {
     }
 };
 
-constexpr int MOST_BLOCKS = TILES + 1;  // that share a window
+// The blocks that have parts of a window.
+struct Sharing {
+    int first, last, first_part;
+    DEVICE Sharing(int window, int tiles, int blocks) {
+        const int begin = window * TILES;
+        // the block of the window's first tile, and of its last: run_begin, inverted
+        first = int(((long long)(begin + 1) * blocks - 1) / tiles);
+        last = int(((long long)(begin + TILES) * blocks - 1) / tiles);
+        // only the first may have begun before the window
+        first_part = 2 * first + (begin > run_begin(first, tiles, blocks) ? 1 : 0);
+    }
+    DEVICE int part(int block) const { return block == first ? first_part : 2 * block; }
+};
 
-// Puts together the windows that several blocks share. Grid: windows × heads × parts of the width, a thread four columns.
-extern "C" __global__ void __launch_bounds__(WIDTH / 4)
+constexpr int MOST_BLOCKS = TILES + 1;  // that share a window
+constexpr int COMBINERS = 8;            // warps of a block of the kernel below; each takes every eighth part
+
+// Puts together the windows that several blocks share. Grid: windows × heads × parts of the width, a lane four columns.
+extern "C" __global__ void __launch_bounds__(COMBINERS * 32)
 latent_attention_combine(const half_t* partial_out, const float2* partial_sums, half_t* out, int windows, int blocks,
                          int window_stride, int head_stride) {
     const int window = blockIdx.x, head = blockIdx.y;
-    const int tiles = windows * TILES, window_begin = window * TILES;
-    // the block of the window's first tile, and of its last: run_begin, inverted
-    const int first = int(((long long)(window_begin + 1) * blocks - 1) / tiles);
-    const int last = int(((long long)(window_begin + TILES) * blocks - 1) / tiles);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Sharing sharing(window, windows * TILES, blocks);
+    const int first = sharing.first, last = sharing.last;
     if (first == last) return;
-    // only the first may have begun before the window
-    const int first_part = 2 * first + (window_begin > run_begin(first, tiles, blocks) ? 1 : 0);
-    auto part = [&](int block) { return (block == first ? first_part : 2 * block) * HEADS + head; };
+    auto part = [&](int block) { return sharing.part(block) * HEADS + head; };
 
     __shared__ float shares[MOST_BLOCKS];
-    if (threadIdx.x < 32) {
+    __shared__ float4 sums[COMBINERS][32];
+    if (warp == 0) {
         float maximum = -infinity(), sum = 0.0f;
-        for (int block = first + threadIdx.x; block <= last; block += 32)
+        for (int block = first + lane; block <= last; block += 32)
             maximum = fmaxf(maximum, partial_sums[part(block)].x);
         maximum = warp_max(maximum);
-        for (int block = first + threadIdx.x; block <= last; block += 32) {
+        for (int block = first + lane; block <= last; block += 32) {
             const float2 sums = partial_sums[part(block)];
             const float share = sums.y * exp2_approximate(sums.x - maximum);
             shares[block - first] = share;
             sum += share;
         }
         sum = warp_sum(sum);
-        for (int block = first + threadIdx.x; block <= last; block += 32) shares[block - first] /= sum;
+        for (int block = first + lane; block <= last; block += 32) shares[block - first] /= sum;
     }
     __syncthreads();
-    const int i = (blockIdx.z * blockDim.x + threadIdx.x) * 4;
-    float2 left = make_float2(0.0f, 0.0f), right = left;
+    const int i = (blockIdx.z * 32 + lane) * 4;
+    float4 own = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    auto add = [&](float share, float2 a, float2 b) {
+        own.x += share * a.x;
+        own.y += share * a.y;
+        own.z += share * b.x;
+        own.w += share * b.y;
+    };
 #pragma unroll 8
-    for (int block = first; block <= last; block++) {
+    for (int block = first + warp; block <= last; block += COMBINERS) {
         const uint2 four = *reinterpret_cast<const uint2*>(partial_out + (long long)part(block) * WIDTH + i);
-        const float share = shares[block - first];
-        const float2 a = to_float2(four.x), b = to_float2(four.y);
-        left.x += share * a.x;
-        left.y += share * a.y;
-        right.x += share * b.x;
-        right.y += share * b.y;
+        add(shares[block - first], to_float2(four.x), to_float2(four.y));
+    }
+    sums[warp][lane] = own;
+    __syncthreads();
+    if (warp) return;
+    for (int w = 1; w < COMBINERS; w++) {
+        const float4 other = sums[w][lane];
+        add(1.0f, make_float2(other.x, other.y), make_float2(other.z, other.w));
     }
     half_t* to = out + (long long)window * window_stride + head * head_stride + i;
-    *reinterpret_cast<uint2*>(to) = make_uint2(to_half2(left.x, left.y), to_half2(right.x, right.y));
+    *reinterpret_cast<uint2*>(to) = make_uint2(to_half2(own.x, own.y), to_half2(own.z, own.w));
 }

@@ -59,7 +59,7 @@ def test_small(width: int, windows: int, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("windows", [2, 17, 64, 100, 133, 150])
+@pytest.mark.parametrize("windows", [2, 17, 44, 50, 64, 100, 133, 150])
 def test_windows_shared_among_blocks(windows: int, bits: int) -> None:
     assert run(1280, windows, bits, seed=windows) < 2e-3
 
@@ -111,6 +111,26 @@ def test_what_lies_behind_a_window_is_not_looked_at() -> None:
     states[1:3] = torch.randn(2, POSITIONS, 1280, device="cuda")
     queries = torch.randn(2, 20, 1280, device="cuda", dtype=torch.float16) / 10
     assert error(queries, states[1:3], 16) < 2e-3
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("width", [384, 768, 1280])
+def test_parts_are_put_together_in_their_order_whoever_ends_last(width: int, bits: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(width)
+    states: Tensor = torch.randn(90, POSITIONS, width, device="cuda", generator=generator).half()
+    queries = torch.randn(90, HEADS[width], width, device="cuda", generator=generator).half() / 8
+    scales = None
+    if bits == 8:
+        states, scales = quantise(states)
+    kernel = LatentAttention(width, queries.device, bits=bits)
+    for windows in (46, 90):  # in two and three parts, at borders that move
+        first = torch.full_like(queries[:windows], torch.nan)
+        arguments = queries[:windows], states[:windows]
+        kernel(*arguments, first, scales=None if scales is None else scales[:windows])
+        for _ in range(20):
+            out = torch.full_like(first, torch.nan)
+            kernel(*arguments, out, scales=None if scales is None else scales[:windows])
+            assert torch.equal(out.view(torch.int16), first.view(torch.int16))
 
 
 @pytest.mark.parametrize("bits", [16, 8])
