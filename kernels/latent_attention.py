@@ -58,13 +58,10 @@ class HopperShape:
 
 
 def hopper_shape(width: int, bits: int) -> HopperShape:
-    """The largest tiles of which there is room for four: one is weighed, one summed, others are on their way."""
-    for keys in (64, 32, 16):
-        for stages in range(8, 3, -1):
-            cut = HopperShape(keys, stages)
-            if cut.shared_bytes(width, bits) <= SHARED_LIMIT["sm_90a"]:
-                return cut
-    raise ValueError(f"no cut for a state {width} wide")
+    """Tiles of 32 positions, or 64 where those are small; three of them, or two where there is no more room."""
+    keys = 32 if width * bits >= 768 * 8 else 64
+    cuts = (HopperShape(keys, stages) for stages in (3, 2))
+    return next(cut for cut in cuts if cut.shared_bytes(width, bits) <= SHARED_LIMIT["sm_90a"])
 
 
 def hopper_build(width: int, bits: int, cut: HopperShape) -> Build:
@@ -156,6 +153,11 @@ class LatentAttention:
             cut = hopper_shape(width, bits)
         limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # PyTorch's stub lacks it
         self.cut = cut or shape(width, bits, limit)
+        if self.cut.shared_bytes(width, bits) > limit:
+            raise ValueError(
+                f"{self.cut} of a state {width} wide with {bits} bits takes {self.cut.shared_bytes(width, bits)} bytes "
+                f"of shared memory, the GPU has {limit}"
+            )
         if isinstance(self.cut, HopperShape):
             made, name, self._threads = hopper_build(width, bits, self.cut), "latent_attention_sm90", 384
         else:

@@ -77,8 +77,10 @@ def test_cuts_of_smaller_cards(cut: Shape) -> None:
     [
         (1280, HopperShape(16, 2)),
         (1280, HopperShape(32, 2)),
-        (768, HopperShape(64, 2)),
+        (1280, HopperShape(16, 4)),
         (768, HopperShape(16, 3)),
+        (768, HopperShape(32, 4)),
+        (512, HopperShape(64, 2)),
         (512, HopperShape(32, 5)),
         (384, HopperShape(16, 8)),
         (384, HopperShape(32, 4)),
@@ -131,6 +133,11 @@ def test_parts_are_put_together_in_their_order_whoever_ends_last(width: int, bit
             out = torch.full_like(first, torch.nan)
             kernel(*arguments, out, scales=None if scales is None else scales[:windows])
             assert torch.equal(out.view(torch.int16), first.view(torch.int16))
+
+
+def test_a_cut_without_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="bytes of shared memory"):
+        LatentAttention(1280, torch.device("cuda"), cut=HopperShape(64, 2))
 
 
 @pytest.mark.parametrize("bits", [16, 8])
