@@ -366,21 +366,20 @@ DEVICE uint2 four_columns(const float (&sums)[4], int group) {
 DEVICE void store(half_t* to, int stride, const Sums& all, int i, int lane) {
     const int group = lane / 4, member = lane % 4;
     if constexpr (BITS == 8) {
-        // columns 4 · group and the next in the first tile, the two after them in the second
-        to += group * 4;
+        to += group * 2;
 #pragma unroll
         for (int k = 0; k < 2; k++) {
 #pragma unroll
-            for (int j = 0; j < EIGHTS; j++) {
-                const auto& first = all.sums[i][0][j];
-                const auto& second = all.sums[i][1][j];
-                const int head = j * 8 + member * 2 + k;
-                if (head < HEADS)
-                    *reinterpret_cast<uint2*>(to + head * stride) =
-                        make_uint2(to_half2(first[k], first[k + 2]), to_half2(second[k], second[k + 2]));
-            }
+            for (int j = 0; j < EIGHTS; j++)
+#pragma unroll
+                for (int b = 0; b < 2; b++) {
+                    const auto& sums = all.sums[i][b][j];
+                    const int head = j * 8 + member * 2 + k;
+                    if (head < HEADS)
+                        *reinterpret_cast<half2_t*>(to + head * stride + b * 16) = to_half2(sums[k], sums[k + 2]);
+                }
             if constexpr (TWICE)
-                *reinterpret_cast<half2_t*>(to + (EIGHTS * 8 + member % 2 * 2 + k) * stride + member / 2 * 2) =
+                *reinterpret_cast<half2_t*>(to + (EIGHTS * 8 + member % 2 * 2 + k) * stride + member / 2 * 16) =
                     to_half2(all.last[i][k], all.last[i][k + 2]);
         }
     } else {
@@ -470,10 +469,10 @@ DEVICE void sum(const Run& run, half_t* out, half_t* partial_out, const float2* 
     const int warp = threadIdx.x / 32 - SCORE_WARPS, lane = threadIdx.x % 32;
     const int group = lane / 4, member = lane % 4;
     const int chunk = warp / CHUNK_BLOCKS * CHUNK;
-    // of the first block, in a tile. FP16: of the row that the lane names for transposed matrices
-    const int row = BITS == 8 ? member * 2 : lane / 16 * 8 + lane % 8;
-    const int piece = BITS == 8 ? warp % 4 * 2 + group / 4 : warp % 2 * 4 + lane / 8 % 2;
-    const int offset = chunk + row * 128 + (piece ^ row % 8) * 16 + (BITS == 8 ? group % 4 * 4 : 0);
+    // of the row that the lane names for transposed matrices, in the first block of a tile
+    const int row = (BITS == 8 ? lane / 8 % 2 : lane / 16) * 8 + lane % 8;
+    const int piece = BITS == 8 ? warp % 4 * 2 + lane / 16 : warp % 2 * 4 + lane / 8 % 2;
+    const int offset = chunk + row * 128 + (piece ^ row % 8) * 16;
     // the last four heads' weights a second time, as heads 4 to 7: the rows behind them are zeros
     const int again = group < 4 ? EIGHTS * 8 + 4 : EIGHTS * 8 + group - 4;
 
@@ -517,20 +516,20 @@ DEVICE void sum(const Run& run, half_t* out, half_t* partial_out, const float2* 
                 const char* const at = stage + offset + i * (SUM_WARPS / CHUNK_BLOCKS) * CHUNK + m * 2 * EIGHT_ROWS;
                 unsigned a[2][4];
                 if constexpr (BITS == 8) {
-                    // rows 2 · member, the next one, and both 8 below: four columns each
-                    const char* const next = stage + (offset ^ 16) + 128 + (at - (stage + offset));
+                    // The matrices' elements are pairs of bytes: a lane gets two columns of rows 2 · member and the next
+                    // one, and of both 8 below, from each of the block's halves.
+                    unsigned pairs[4];
+                    load_matrices_transposed(pairs, shared_address(at));
                     const half_t* scales = run.scales(place.stage) + (warp / 2 + SUM_WARPS / 2 * i) * KEYS + m * 16;
 #pragma unroll
                     for (int k = 0; k < 2; k++) {
-                        const unsigned even = *reinterpret_cast<const unsigned*>(at + k * EIGHT_ROWS);
-                        const unsigned odd = *reinterpret_cast<const unsigned*>(next + k * EIGHT_ROWS);
                         const half2_t scale = *reinterpret_cast<const unsigned*>(scales + member * 2 + k * 8);
                         const half2_t bias = bias_of(scale);
-                        const unsigned low = __byte_perm(even, odd, 0x5140), high = __byte_perm(even, odd, 0x7362);
-                        a[0][k * 2] = bytes_to_halves(low, 0x4140, scale, bias);
-                        a[0][k * 2 + 1] = bytes_to_halves(low, 0x4342, scale, bias);
-                        a[1][k * 2] = bytes_to_halves(high, 0x4140, scale, bias);
-                        a[1][k * 2 + 1] = bytes_to_halves(high, 0x4342, scale, bias);
+#pragma unroll
+                        for (int b = 0; b < 2; b++) {
+                            a[b][k * 2] = bytes_to_halves(pairs[b * 2 + k], 0x4240, scale, bias);
+                            a[b][k * 2 + 1] = bytes_to_halves(pairs[b * 2 + k], 0x4341, scale, bias);
+                        }
                     }
                 } else {
                     load_matrices_transposed(a[0], shared_address(at));
