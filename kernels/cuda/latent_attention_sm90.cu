@@ -203,7 +203,8 @@ DEVICE void weigh(const Run& run, const half_t* queries, float2* partial_sums, i
                 const int further = i * (SCORE_WARPS / CHUNK_BLOCKS) * CHUNK + m * 2 * EIGHT_ROWS;
                 unsigned a[2][4];
                 if constexpr (BITS == 8) {
-                    const half2_t scale = *reinterpret_cast<const unsigned*>(scales + i * (SCORE_WARPS / 2) * KEYS + m * 16);
+                    const half_t* const of_two = scales + i * (SCORE_WARPS / 2) * KEYS + m * 16;
+                    const half2_t scale = *reinterpret_cast<const unsigned*>(of_two);
                     const half2_t bias = bias_of(scale);
 #pragma unroll
                     for (int r = 0; r < 2; r++) {
