@@ -39,6 +39,13 @@ DEVICE half2_t multiply2(half2_t a, half2_t b) {
     return y;
 }
 
+// a · b + c, rounded once
+DEVICE half2_t multiply_add2(half2_t a, half2_t b, half2_t c) {
+    half2_t y;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+    return y;
+}
+
 DEVICE half2_t subtract2(half2_t a, half2_t b) {
     half2_t y;
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));

@@ -44,6 +44,22 @@ DEVICE void copy_bytes(unsigned shared, const void* global, unsigned bytes, unsi
         : "memory");
 }
 
+// How a copy treats the L2 cache: what it brings is the first to leave it.
+DEVICE unsigned long long read_once() {
+    unsigned long long policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+DEVICE void copy_bytes(unsigned shared, const void* global, unsigned bytes, unsigned barrier,
+                       unsigned long long policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1], %2, [%3], %4;" ::"r"(shared),
+        "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
 // ---- copies by tensor map (the map is a __grid_constant__ kernel parameter; coordinates innermost first) ----
 
 struct alignas(64) TensorMap {
