@@ -15,34 +15,54 @@ from kernels.launch import Kernel
 WIDTHS = (384, 512, 768, 1024, 1280)
 """Whisper's."""
 SLOTS = (1, 2)
-"""Numbers of windows that it is made for: with more, registers no longer hold what is on its way."""
+"""Numbers of windows that it is made for: a product's instruction has columns for no more, as they are used."""
 ENCODED = 1500
-MOST_VOCABULARY = 51866
-THREADS = 512
+HEAD = 64
+MOST_LAYERS = 32
+MOST_SPLITS = 12
+"""Blocks that share a head's encoded positions."""
+COPIES = 2
+"""Of numbers that all blocks read."""
+THREADS = 512 + 128
+SHARED_BYTES = 227 * 1024
+"""All that a block can have: weights that wait for their turn fill what is left."""
 ARCHITECTURE = "sm_90a"
 HOPPER_MULTIPROCESSORS = 132
+FEWEST_MULTIPROCESSORS = 78
+"""With fewer, as a part of a GPU may have, a block's share of a product does not fit its shared memory."""
+
+
+def exchange_bytes(width: int, slots: int, blocks: int, copies: int) -> int:
+    """Of the source's ``Exchange``."""
+    units = slots * width // HEAD
+    splits = min(blocks // units, MOST_SPLITS)
+    words = 8 * (copies * slots * (width // 4 + width) + units * splits * 17)
+    return 4 * slots * width * (3 * copies + 4) + words + 8 * ((blocks + 1) // 2)
 
 
 def persistent_build(width: int, slots: int, blocks: int = HOPPER_MULTIPROCESSORS) -> Build:
-    return build("persistent_step.cu", (ARCHITECTURE,), WIDTH=width, SLOTS=slots, BLOCKS=blocks)
+    return build(
+        "persistent_step.cu",
+        (ARCHITECTURE,),
+        WIDTH=width,
+        SLOTS=slots,
+        BLOCKS=blocks,
+        COPIES=COPIES,
+        EXCHANGE=exchange_bytes(width, slots, blocks, COPIES),
+    )
 
 
 def available(device: torch.device) -> bool:
     """Whether the kernel is made for this GPU."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def shared_bytes(width: int, slots: int) -> int:
-    """Dynamic shared memory of a block, as the source's ``Shared`` has it."""
-    warps = THREADS // 32
-    groups = THREADS // 8
-    return slots * (4 * width + 8) * 2 + slots * width * 4 + warps * 8 * slots * 4 + 2 * groups * 4 + groups * 65 * 4
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    return torch.cuda.get_device_properties(device).multi_processor_count >= FEWEST_MULTIPROCESSORS
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A decoder layer's tensors, in the order of the source's ``Layer``: weights of products [rows, columns] and their
-    biases FP16, normalisation's FP32, caches FP16 [slots, positions, width]."""
+    """A decoder layer's tensors: weights of products [rows, columns] and their biases FP16, normalisation's FP32;
+    caches FP16, [slots, positions, width] of self-attention, [slots, heads, 1500, 64] of cross-attention."""
 
     self_norm_weight: Tensor
     self_norm_bias: Tensor
@@ -70,14 +90,16 @@ class Layer:
     def check(self, width: int, slots: int) -> None:
         """Raises ValueError for a tensor that the kernel would misread."""
         inner = 4 * width
+        shape: tuple[int, ...]
         shapes = {"qkv_weight": (3 * width, width), "qkv_bias": (3 * width,), "up_weight": (inner, width)}
         shapes |= {"up_bias": (inner,), "down_weight": (width, inner)}
         for field in fields(self):
             tensor: Tensor = getattr(self, field.name)
             dtype = torch.float32 if "norm" in field.name else torch.float16
             if field.name.endswith(("keys", "values")):
-                positions = ENCODED if field.name.startswith("cross") else tensor.shape[1]
-                right = tensor.shape[0] >= slots and tensor.shape[1:] == (positions, width)
+                cross = field.name.startswith("cross")
+                shape = (width // HEAD, ENCODED, HEAD) if cross else (*tensor.shape[1:2], width)
+                right = tensor.shape[0] >= slots and tensor.shape[1:] == shape
             else:
                 square = (width,) if field.name.endswith("bias") or dtype == torch.float32 else (width, width)
                 right = tensor.shape == shapes.get(field.name, square)
@@ -87,8 +109,39 @@ class Layer:
                 )
 
 
+POINTERS = (
+    "qkv_weight",
+    "self_out_weight",
+    "query_weight",
+    "cross_out_weight",
+    "up_weight",
+    "down_weight",
+    "self_keys",
+    "self_values",
+    "cross_keys",
+    "cross_values",
+)
+"""In the order of the source's ``Layer``."""
+SMALL = (
+    "self_norm_weight",
+    "self_norm_bias",
+    "cross_norm_weight",
+    "cross_norm_bias",
+    "mlp_norm_weight",
+    "mlp_norm_bias",
+    "qkv_bias",
+    "self_out_bias",
+    "query_bias",
+    "cross_out_bias",
+    "up_bias",
+    "down_bias",
+)
+"""In the order of the source's ``Small``."""
+
+
 class PersistentStep:
-    """The kernel for one decoder and a number of slots (the first of its caches). It keeps the tensors it is given."""
+    """The kernel for one decoder and a number of slots (the first of its caches). It keeps the tensors it is given, and
+    copies of the small ones. Its steps must come one after the other: they exchange numbers in the same memory."""
 
     def __init__(
         self,
@@ -100,36 +153,22 @@ class PersistentStep:
         slots: int,
     ):
         """token_table: [n_vocab, width] FP16, also the last product's weights; position_table: [n_ctx, width] FP32."""
-        n_vocab, width = token_table.shape
-        if width not in WIDTHS or slots not in SLOTS or n_vocab > MOST_VOCABULARY:
-            raise ValueError(f"no kernel for {slots} slots, width {width}, a vocabulary of {n_vocab}")
+        width = token_table.shape[1]
+        if width not in WIDTHS or slots not in SLOTS or len(layers) > MOST_LAYERS:
+            raise ValueError(f"no kernel for {slots} slots, {len(layers)} layers of width {width}")
         for layer in layers:
             layer.check(width, slots)
         device = token_table.device
         blocks = torch.cuda.get_device_properties(device).multi_processor_count
-        self.slots, self._n_vocab, self._blocks = slots, n_vocab, blocks
+        self.slots, self._blocks = slots, blocks
         self._kept = (tuple(layers), token_table, position_table, norm_weight, norm_bias)
-        pointers = [[getattr(layer, field.name).data_ptr() for field in fields(Layer)] for layer in layers]
+        pointers = [[getattr(layer, name).data_ptr() for name in POINTERS] for layer in layers]
         self._layers = torch.tensor(pointers, dtype=torch.int64, device=device)
-
-        def half(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float16, device=device)
-
-        heads = width // 64
-        splits = max(1, blocks // (slots * heads))
-        # in the order of the source's Work
-        self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
-        self._memory = (
-            torch.zeros(slots, width, device=device),
-            half(slots, 3 * width),
-            half(slots, width),
-            half(slots, 4 * width),
-            torch.zeros(slots, heads, splits, 66, device=device),
-            self._arrived,
-        )
-        self._work = torch.tensor([t.data_ptr() for t in self._memory], dtype=torch.int64, device=device)
+        self._small = torch.stack([torch.cat([getattr(layer, name).float() for name in SMALL]) for layer in layers])
+        exchange = exchange_bytes(width, slots, blocks, COPIES)
+        self._exchange = torch.zeros(exchange, dtype=torch.uint8, device=device)
         made = persistent_build(width, slots, blocks)
-        self._kernel = Kernel(made, "persistent_step", device, shared_bytes=shared_bytes(width, slots))
+        self._kernel = Kernel(made, "persistent_step", device, shared_bytes=SHARED_BYTES)
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens, positions: [slots] int32 with the same stride → float32 logits [slots, n_vocab]."""
@@ -138,12 +177,13 @@ class PersistentStep:
         if tokens.dtype != torch.int32 or positions.dtype != torch.int32:
             raise ValueError("tokens and positions must be int32")
         layers, token_table, position_table, norm_weight, norm_bias = self._kept
-        logits = torch.empty(self.slots, self._n_vocab, device=tokens.device)
-        self._arrived.zero_()
+        n_vocab = len(token_table)
+        logits = torch.empty(self.slots, n_vocab, device=tokens.device)
         self._kernel(
             self._blocks,
             THREADS,
             self._layers,
+            self._small,
             ctypes.c_int(len(layers)),
             token_table,
             position_table,
@@ -153,9 +193,9 @@ class PersistentStep:
             positions,
             ctypes.c_int(tokens.stride(0)),
             logits,
-            ctypes.c_int(self._n_vocab),
+            ctypes.c_int(n_vocab),
             ctypes.c_int(len(position_table)),
-            self._work,
+            self._exchange,
         )
         return logits
 

@@ -68,8 +68,7 @@ class CrossAttention:
         head = width // n_head
         self.key = attention.product("key.weight").view(n_head, head, width)
         # [heads, d, head]: applied to the weighted sum of encoder states
-        self._value_weight = attention.product("value.weight")
-        self.value = self._value_weight.view(n_head, head, width).transpose(1, 2)
+        self.value = attention.product("value.weight").view(n_head, head, width).transpose(1, 2)
         if not weights.compute.has_kernels:
             self.value = self.value.contiguous()  # a CPU's products are slower without
         out = attention.exact("out.weight") @ attention.exact("value.bias") + attention.exact("out.bias")
@@ -107,9 +106,10 @@ class CrossAttention:
         return self.out(mixed)
 
     def ready(self, state: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Fills keys and values, [1500, d] each, of a window's state; the value bias is in the output's."""
-        torch.mm(state, self.key.view_as(self._value_weight).T, out=keys)
-        torch.mm(state, self._value_weight.T, out=values)
+        """Fills keys and values, [heads, 1500, head] each, of a window's state; the value bias is in the output's."""
+        each = state.expand(self.n_head, *state.shape)
+        torch.bmm(each, self.key.transpose(1, 2), out=keys)
+        torch.bmm(each, self.value, out=values)
 
 
 class DecoderBlock:
@@ -191,7 +191,8 @@ class Decoder:
     def _prepare_few(self) -> None:
         """For one or two windows a step is one kernel, and cross-attention has ready keys and values."""
         dims, few = self.dims, max(persistent_step.SLOTS)
-        shape = dims.n_text_layer, 2, few, dims.n_audio_ctx, dims.n_text_state
+        heads = dims.n_text_head
+        shape = dims.n_text_layer, 2, few, heads, dims.n_audio_ctx, dims.n_text_state // heads
         self._ready = torch.zeros(shape, device=self.compute.device, dtype=self.compute.dtype)
         layers = [block.tensors(*ready) for block, ready in zip(self.blocks, self._ready, strict=True)]
         for slots in (n for n in persistent_step.SLOTS if n <= self.slots):
