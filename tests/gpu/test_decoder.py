@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.persistent_step import SLOTS, WIDTHS
+from kernels.persistent_step import SLOTS, WIDTHS, available
 from loadtest.gpu.work import MODELS, random_weights
 from serve_app.engine.checkpoint import Checkpoint
 from serve_app.engine.decoder import Decoder
@@ -20,8 +20,8 @@ pytestmark = [
 ]
 
 
-def checkpoint(width: int, vocabulary: int) -> Checkpoint:
-    """Two layers of random weights."""
+def checkpoint(width: int, vocabulary: int, layers: int = 2) -> Checkpoint:
+    """Random weights."""
     heads = width // 64
     dims = replace(
         MODELS["turbo"],
@@ -30,7 +30,7 @@ def checkpoint(width: int, vocabulary: int) -> Checkpoint:
         n_audio_head=heads,
         n_text_head=heads,
         n_audio_layer=1,
-        n_text_layer=2,
+        n_text_layer=layers,
         n_vocab=vocabulary,
     )
     weights = random_weights(dims, torch.device("cpu"), torch.float16)
@@ -85,3 +85,31 @@ def test_the_last_position_of_the_context() -> None:
         for way in (decoder.step, decoder.step_few):
             logits = way(tokens.cuda(), positions.cuda()).cpu()
             assert float((logits - expected).norm() / expected.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("width", [384, 1280])
+@pytest.mark.parametrize("layers", [1, 2, 3])  # in an odd number of them, words between blocks end with other bits
+def test_steps_of_one_kernel_in_a_graph_have_the_same_bits_each_time(width: int, layers: int) -> None:
+    if not available(torch.device("cuda")):
+        pytest.skip("made for Hopper GPUs")
+    decoders = [Decoder(checkpoint(width, 51866, layers), Compute.resolve("cuda", "float16"), 2) for _ in range(2)]
+    generator = torch.Generator().manual_seed(1)
+    for decoder in decoders:
+        for slot in range(2):
+            decoder.load([slot], [torch.randn(1500, width, generator=generator).half().cuda()])
+            decoder.ready(slot)
+    tokens = torch.tensor([7, 8], dtype=torch.int32).cuda()
+    positions = torch.tensor([0, 3], dtype=torch.int32).cuda()
+
+    def steps() -> list[torch.Tensor]:
+        """Of both decoders and both numbers of slots, in turns."""
+        return [d.step_few(tokens[:n], positions[:n]) for _ in range(3) for n in SLOTS for d in decoders]
+
+    first = steps()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = steps()
+    for turn in range(100):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(logits, first, strict=True)), turn
+    assert all(torch.equal(a, b) for a, b in zip(first[:4], first[4:8], strict=True))
