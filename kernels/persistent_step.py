@@ -21,7 +21,7 @@ HEAD = 64
 MOST_LAYERS = 32
 MOST_SPLITS = 12
 """Blocks that share a head's encoded positions."""
-COPIES = 2
+COPIES = 1
 """Of numbers that all blocks read."""
 THREADS = 512 + 128
 SHARED_BYTES = 227 * 1024

@@ -52,12 +52,6 @@ DEVICE half2_t subtract2(half2_t a, half2_t b) {
     return y;
 }
 
-DEVICE half2_t multiply_add2(half2_t a, half2_t b, half2_t c) {
-    half2_t y;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
-    return y;
-}
-
 // 2^x, to about 2 units in the last place; 0 for -infinity
 DEVICE float exp2_approximate(float x) {
     float y;

@@ -103,7 +103,9 @@ using Vocabulary = Product<16 * BLOCKS, WIDTH>;  // 16 rows at a time
 
 constexpr int QUADS = Square::OWN * 4;  // of a warp's columns in a product of WIDTH columns
 constexpr int MOST_INPUT = Down::OWN * 16;
-constexpr int MOST_RESULTS = (Up::MOST > Qkv::MOST ? Up::MOST : Qkv::MOST) * SLOTS;
+DEVICE constexpr int most(int a, int b) { return a > b ? a : b; }
+// of any product in a block; where a block has few rows, it is the vocabulary that has most
+constexpr int MOST_RESULTS = most(most(Qkv::MOST, Up::MOST), most(Down::MOST, Vocabulary::MOST)) * SLOTS;
 constexpr int STAGES = 8;  // pieces of work that memory is ahead at most
 
 struct Shared {
