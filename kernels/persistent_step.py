@@ -21,8 +21,6 @@ HEAD = 64
 MOST_LAYERS = 32
 MOST_SPLITS = 12
 """Blocks that share a head's encoded positions."""
-COPIES = 1
-"""Of numbers that all blocks read."""
 THREADS = 512 + 128
 SHARED_BYTES = 227 * 1024
 """All that a block can have: weights that wait for their turn fill what is left."""
@@ -32,12 +30,12 @@ FEWEST_MULTIPROCESSORS = 78
 """With fewer, as a part of a GPU may have, a block's share of a product does not fit its shared memory."""
 
 
-def exchange_bytes(width: int, slots: int, blocks: int, copies: int) -> int:
+def exchange_bytes(width: int, slots: int, blocks: int) -> int:
     """Of the source's ``Exchange``."""
     units = slots * width // HEAD
     splits = min(blocks // units, MOST_SPLITS)
-    words = 8 * (copies * slots * (width // 4 + width) + units * splits * 17)
-    return 4 * slots * width * (3 * copies + 4) + words + 8 * ((blocks + 1) // 2)
+    words = 8 * (slots * (width // 4 + width) + units * splits * 17)
+    return 4 * slots * width * 7 + words + 8 * ((blocks + 1) // 2)
 
 
 def persistent_build(width: int, slots: int, blocks: int = HOPPER_MULTIPROCESSORS) -> Build:
@@ -47,8 +45,7 @@ def persistent_build(width: int, slots: int, blocks: int = HOPPER_MULTIPROCESSOR
         WIDTH=width,
         SLOTS=slots,
         BLOCKS=blocks,
-        COPIES=COPIES,
-        EXCHANGE=exchange_bytes(width, slots, blocks, COPIES),
+        EXCHANGE=exchange_bytes(width, slots, blocks),
     )
 
 
@@ -165,7 +162,7 @@ class PersistentStep:
         pointers = [[getattr(layer, name).data_ptr() for name in POINTERS] for layer in layers]
         self._layers = torch.tensor(pointers, dtype=torch.int64, device=device)
         self._small = torch.stack([torch.cat([getattr(layer, name).float() for name in SMALL]) for layer in layers])
-        exchange = exchange_bytes(width, slots, blocks, COPIES)
+        exchange = exchange_bytes(width, slots, blocks)
         self._exchange = torch.zeros(exchange, dtype=torch.uint8, device=device)
         made = persistent_build(width, slots, blocks)
         self._kernel = Kernel(made, "persistent_step", device, shared_bytes=SHARED_BYTES)

@@ -22,8 +22,7 @@
 // Cross-attention reads ready keys and values: for few windows they are fewer bytes than the encoder state with the two
 // products that latent cross-attention needs instead.
 //
-// Compiled with WIDTH, BLOCKS (the grid), SLOTS, COPIES (of what all blocks read: the more, the fewer read the same
-// place) and EXCHANGE (bytes of the memory for what they exchange).
+// Compiled with WIDTH, BLOCKS (the grid), SLOTS and EXCHANGE (bytes of the memory for what they exchange).
 //
 // NOTES: products are matrix instructions with the weights as their 16 rows and the slots as their columns, most of
 // which are of no use: conversion and summation in float32 come free. A lane's four columns of a row lie side by side,
@@ -69,11 +68,11 @@ struct Small {
 
 // What blocks write for others; zeros before the first step.
 struct Exchange {
-    float residual[3][COPIES][SLOTS][WIDTH];  // after self-attention, after cross-attention, after the perceptron
+    float residual[3][SLOTS][WIDTH];  // after self-attention, after cross-attention, after the perceptron
     float qkv[SLOTS][3 * WIDTH];
     float query[SLOTS][WIDTH];
-    Word mixed[COPIES][SLOTS][WIDTH / 4];
-    Word inner[COPIES][SLOTS][WIDTH];
+    Word mixed[SLOTS][WIDTH / 4];
+    Word inner[SLOTS][WIDTH];
     Word parts[UNITS][SPLITS][16];  // of cross-attention: means of values,
     Word shares[UNITS][SPLITS];     // the largest score and the sum of weights
     unsigned uses[BLOCKS];          // how often a block has used all of this; each its own
@@ -103,9 +102,9 @@ using Vocabulary = Product<16 * BLOCKS, WIDTH>;  // 16 rows at a time
 
 constexpr int QUADS = Square::OWN * 4;  // of a warp's columns in a product of WIDTH columns
 constexpr int MOST_INPUT = Down::OWN * 16;
-DEVICE constexpr int most(int a, int b) { return a > b ? a : b; }
+DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 // of any product in a block; where a block has few rows, it is the vocabulary that has most
-constexpr int MOST_RESULTS = most(most(Qkv::MOST, Up::MOST), most(Down::MOST, Vocabulary::MOST)) * SLOTS;
+constexpr int MOST_RESULTS = larger(larger(Qkv::MOST, Up::MOST), larger(Down::MOST, Vocabulary::MOST)) * SLOTS;
 constexpr int STAGES = 8;  // pieces of work that memory is ahead at most
 
 struct Shared {
@@ -402,6 +401,7 @@ struct Weights {
 
     // With the warp's columns of shared.input: its part of each result to ``sums``.
     DEVICE void multiply(const Stream& stream, float (*sums)[WARPS + 4]) const {
+        static_assert(P::MOST * SLOTS <= MOST_RESULTS && P::OWN * 16 <= MOST_INPUT, "they have places");
         const Place at(stream.begun);
         const Shared& shared = stream.shared;
         if (P::ACTIVE == WARPS || at.warp() < P::ACTIVE) {
@@ -649,7 +649,7 @@ struct Attention {
     // largest score and the sum of weights.
     DEVICE float merge(Shared& shared, float& most, float& total) {
         const Place at;
-    const int warp = at.warp(), lane = at.lane();
+        const int warp = at.warp(), lane = at.lane();
 #pragma unroll
         for (int offset = 4; offset < 32; offset *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
         // with each exchange a lane keeps half of its numbers
@@ -740,11 +740,9 @@ struct Step {
         return to;
     }
 
-    DEVICE int copy() const { return blockIdx.x % COPIES; }
-
     DEVICE void get_residual(float4 (&x)[SLOTS], int which, unsigned bit) {
         const Columns columns{Place()};
-        const float(*from)[WIDTH] = exchange()->residual[which][copy()];
+        const float(*from)[WIDTH] = exchange()->residual[which];
         uint4 seen[SLOTS];
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) seen[slot] = look(from[slot] + columns.first);
@@ -766,9 +764,7 @@ struct Step {
         const Result<P> result(at);
         if (!result.any) return;
         const float kept = shared.kept[at.thread] += whole<P>(sums, at.thread);
-        float* to = &exchange()->residual[which][0][result.slot][result.row];
-#pragma unroll
-        for (int i = 0; i < COPIES; i++) put(to + i * SLOTS * WIDTH, kept, bit);
+        put(&exchange()->residual[which][result.slot][result.row], kept, bit);
     }
 
     template <typename P>
@@ -843,10 +839,7 @@ struct SelfUnit {
         const float mean = attention.merge(step.shared, most, total);
         if (at.thread >= 64) return;
         const Word four = pack(mean);
-        if (at.part() != 0) return;
-        Word* to = &step.exchange()->mixed[0][slot][head * 16 + at.thread / 4];
-#pragma unroll
-        for (int i = 0; i < COPIES; i++) put(to + i * SLOTS * WIDTH / 4, four, step.bit);
+        if (at.part() == 0) put(&step.exchange()->mixed[slot][head * 16 + at.thread / 4], four, step.bit);
     }
 };
 
@@ -1042,7 +1035,7 @@ persistent_step(const Layer* layers, const Small* smalls, int n_layer, const hal
             const float bias = step.bias<Square>(small.self_out_bias);
             const Weights<Square> weights(step.stream);
             step.add<Square>(bias);
-            fetch<Square>(shared, step.exchange()->mixed[step.copy()], step.bit);
+            fetch<Square>(shared, step.exchange()->mixed, step.bit);
             weights.multiply(step.stream, shared.sums[1]);
             step.put_residual<Square>(shared.sums[1], 0);
         }
@@ -1088,11 +1081,8 @@ persistent_step(const Layer* layers, const Small* smalls, int n_layer, const hal
             if (at.warp() * 32 < SLOTS * Up::MOST) {
                 const Result<Up> result(at);
                 const Word four = pack(result.any ? gelu(whole<Up>(shared.sums[0], at.thread) + bias) : 0.0f);
-                if (result.any && at.part() == 0) {
-                    Word* to = &step.exchange()->inner[0][result.slot][result.row / 4];
-#pragma unroll
-                    for (int i = 0; i < COPIES; i++) put(to + i * SLOTS * WIDTH, four, step.bit);
-                }
+                if (result.any && at.part() == 0)
+                    put(&step.exchange()->inner[result.slot][result.row / 4], four, step.bit);
             }
         }
 
@@ -1100,7 +1090,7 @@ persistent_step(const Layer* layers, const Small* smalls, int n_layer, const hal
             const float bias = step.bias<Down>(small.down_bias);
             const Weights<Down> weights(step.stream);
             step.add<Down>(bias);
-            fetch<Down>(shared, step.exchange()->inner[step.copy()], step.bit);
+            fetch<Down>(shared, step.exchange()->inner, step.bit);
             weights.multiply(step.stream, shared.sums[1]);
             step.put_residual<Down>(shared.sums[1], 2);
         }
