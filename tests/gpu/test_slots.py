@@ -39,7 +39,7 @@ def task(name: int, state: Tensor) -> SlotTask:
     return SlotTask(str(name), state, DecodeOptions(language="en", timestamps=False, temperatures=(0.0,)))
 
 
-@pytest.mark.parametrize(("dtype", "bits", "right"), [("float32", 16, 1.0), ("float16", 16, 0.9), ("float16", 8, 0.9)])
+@pytest.mark.parametrize(("dtype", "bits", "right"), [("float32", 16, 1.0), ("float16", 16, 0.9), ("float16", 8, 0.8)])
 def test_windows_that_come_and_go_write_what_they_write_alone(dtype: str, bits: Bits, right: float) -> None:
     compute = Compute.resolve("cuda", dtype)
     generator = torch.Generator(compute.device).manual_seed(3)
