@@ -23,676 +23,8 @@
 // products that latent cross-attention needs instead.
 //
 // Compiled with WIDTH, BLOCKS (the grid), SLOTS and EXCHANGE (bytes of the memory for what they exchange).
-//
-// NOTES: products are matrix instructions with the weights as their 16 rows and the slots as their columns, most of
-// which are of no use: conversion and summation in float32 come free. A lane's four columns of a row lie side by side,
-// which orders the columns inside of a piece of 16 otherwise than the instruction does; that is the same for weights
-// and input, and so does not matter.
-#include "hopper.cuh"
-
-typedef unsigned long long Word;  // four FP16, or two float32
-
-constexpr int HEADS = WIDTH / 64;
-constexpr int WARPS = 16, THREADS = WARPS * 32;  // that compute
-constexpr int MEMORY_WARPS = 4;                  // behind them, that bring memory
-constexpr int ENCODED = 1500;                    // positions of cross-attention
-constexpr float SCALE = LOG2_E / 8.0f;           // 8: the root of the 64 numbers of a head
-// Of a thread. All begin with 96: a block that takes more than others of it have given waits for ever.
-constexpr int REGISTERS = 112, MEMORY_REGISTERS = 32;
-static_assert(THREADS * REGISTERS + MEMORY_WARPS * 32 * MEMORY_REGISTERS <= (THREADS + MEMORY_WARPS * 32) * 96);
-constexpr int MOST_LAYERS = 32;
-constexpr int MOST_SHARED = 227 * 1024;  // that a block can have
-
-// Cross-attention's shares: some of the positions of one head of one slot.
-constexpr int UNITS = SLOTS * HEADS;
-constexpr int SPLITS = BLOCKS / UNITS > 12 ? 12 : BLOCKS / UNITS;
-constexpr int SPLIT = (ENCODED + SPLITS - 1) / SPLITS;
-constexpr int ROUND = WARPS * 16;  // positions that a block looks at together
-constexpr int ROUNDS = (SPLIT + ROUND - 1) / ROUND;
-constexpr int KEPT = ROUNDS > 2 ? 2 : ROUNDS;  // of those, in registers before the query arrives
-static_assert(UNITS <= BLOCKS && (SPLITS - 1) * SPLIT < ENCODED, "a share for each, none empty");
-
-struct Layer {  // addresses; kernels/persistent_step.py fills them in, in this order
-    const half_t *qkv_weight, *self_out_weight, *query_weight, *cross_out_weight, *up_weight, *down_weight;
-    half_t *self_keys, *self_values;            // [slots, n_ctx, WIDTH]
-    const half_t *cross_keys, *cross_values;  // [slots, HEADS, 1500, 64]
-};
-
-// A layer's normalisations and biases, float32, side by side.
-struct Small {
-    float self_norm_weight[WIDTH], self_norm_bias[WIDTH], cross_norm_weight[WIDTH], cross_norm_bias[WIDTH];
-    float mlp_norm_weight[WIDTH], mlp_norm_bias[WIDTH];
-    float qkv_bias[3 * WIDTH], self_out_bias[WIDTH], query_bias[WIDTH], cross_out_bias[WIDTH], up_bias[4 * WIDTH];
-    float down_bias[WIDTH];
-};
-
-// What blocks write for others; zeros before the first step.
-struct Exchange {
-    float residual[3][SLOTS][WIDTH];  // after self-attention, after cross-attention, after the perceptron
-    float qkv[SLOTS][3 * WIDTH];
-    float query[SLOTS][WIDTH];
-    Word mixed[SLOTS][WIDTH / 4];
-    Word inner[SLOTS][WIDTH];
-    Word parts[UNITS][SPLITS][16];  // of cross-attention: means of values,
-    Word shares[UNITS][SPLITS];     // the largest score and the sum of weights
-    unsigned uses[BLOCKS];          // how often a block has used all of this; each its own
-};
-static_assert(sizeof(Exchange) <= EXCHANGE, "what kernels/persistent_step.py takes");
-
-// How a product of ROWS × K is shared out: rows over blocks, GRAIN of them at a time; K over warps.
-template <int ROWS_, int K_, int GRAIN_ = 1>
-struct Product {
-    static constexpr int ROWS = ROWS_, K = K_, GRAIN = GRAIN_;
-    static constexpr int MOST = (ROWS / GRAIN + BLOCKS - 1) / BLOCKS * GRAIN;  // rows of a block
-    static constexpr int WHOLE = MOST / 16 + (MOST % 16 > 8);  // tiles of 16 rows
-    static constexpr bool HALF = MOST > WHOLE * 16;            // and one of eight
-    static constexpr int SEGMENTS = K / WIDTH;                // of a row, as it lies in shared memory
-    static constexpr int OWN = (K / 16 + WARPS - 1) / WARPS;  // pieces of 16 columns of a warp
-    static constexpr int ACTIVE = K / 16 / OWN;               // warps that have any
-    static constexpr int CHAINS = WHOLE > 2 ? 1 : WHOLE == 2 || OWN < 4 ? 2 : 4;  // sums that a warp keeps of a tile
-    static_assert(ROWS / GRAIN >= BLOCKS, "each block has rows, on which the waits rely");
-    static_assert(ACTIVE * OWN * 16 == K && ACTIVE % 4 == 0 && WIDTH / 16 % OWN == 0, "whole shares");
-    DEVICE static int first(int block) { return block * (ROWS / GRAIN) / BLOCKS * GRAIN; }
-};
-using Qkv = Product<3 * WIDTH, WIDTH>;
-using Square = Product<WIDTH, WIDTH>;
-using Up = Product<4 * WIDTH, WIDTH, 4>;
-using Down = Product<WIDTH, 4 * WIDTH>;
-using Vocabulary = Product<16 * BLOCKS, WIDTH>;  // 16 rows at a time
-
-constexpr int QUADS = Square::OWN * 4;  // of a warp's columns in a product of WIDTH columns
-constexpr int MOST_INPUT = Down::OWN * 16;
-DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
-// of any product in a block; where a block has few rows, it is the vocabulary that has most
-constexpr int MOST_RESULTS = larger(larger(Qkv::MOST, Up::MOST), larger(Down::MOST, Vocabulary::MOST)) * SLOTS;
-constexpr int STAGES = 8;  // pieces of work that memory is ahead at most
-
-struct Shared {
-    Layer layers[MOST_LAYERS];
-    Word full[STAGES], empty[STAGES];  // barriers
-    float2 moments[SLOTS][WARPS];
-    float sums[2][MOST_RESULTS][WARPS + 4];          // a warp's part of each result; two, which take turns
-    half_t input[WARPS][SLOTS][MOST_INPUT + 16];  // a warp's columns
-    float mixed[WARPS][64], maxima[WARPS], totals[WARPS];
-    float kept[SLOTS * Square::MOST];  // the block's own of the residual stream
-    int sizes[MEMORY_WARPS][STAGES];
-    unsigned uses;
-    int last;  // position of the slot whose self-attention is this block's
-};
-
-// Behind it the ring of units, which hold WIDTH columns of a row each; 32 bytes more put neighbours into other banks.
-constexpr int UNIT = WIDTH * 2, PITCH = UNIT + 32;
-constexpr int RING_AT = (sizeof(Shared) + 127) / 128 * 128;
-constexpr int RING = (MOST_SHARED - RING_AT) / PITCH / 4 * 4;
-constexpr int UNIT_POSITIONS = UNIT / 128;  // of a head's keys or values
-static_assert(Down::MOST * 4 <= RING && Up::MOST <= RING && Qkv::MOST <= RING && 16 <= RING, "a product fits");
-static_assert((ROUND / UNIT_POSITIONS + 1) * 2 <= RING, "a round fits");
-
-// This thread's place. It is asked for anew where it is needed: what the compiler derives from it once for all phases
-// takes registers from the weights. ``turn``: a number below 2^31 that changes from phase to phase; the compiler does
-// not know that it adds nothing.
-struct Place {
-    unsigned thread;
-
-    DEVICE explicit Place(unsigned turn = 0) : thread(threadIdx.x ^ turn >> 31) { asm volatile("" : "+r"(thread)); }
-    DEVICE int warp() const { return int(thread / 32); }
-    DEVICE int lane() const { return int(thread % 32); }
-    DEVICE int group() const { return thread % 32 / 4; }
-    DEVICE int part() const { return thread % 4; }
-    // where in the 64 numbers of a head its first or second eight are, as ``Tile`` has them
-    DEVICE int eight(int which) const { return (group() + which) % 2 * 32 + part() * 8; }
-};
-
-DEVICE void compute_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
-
-DEVICE uint2 load_shared_8(unsigned from) {
-    uint2 to;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "r"(from) : "memory");
-    return to;
-}
-
-DEVICE uint4 load_shared_16(unsigned from) {
-    uint4 to;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
-                 : "r"(from)
-                 : "memory");
-    return to;
-}
-
-// Of what no one writes while the kernel runs; now, not when it is first used.
-DEVICE float load_early(const float* from) {
-    float to;
-    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(to) : "l"(from) : "memory");
-    return to;
-}
-
-DEVICE float4 load_early_4(const float* from) {
-    float4 to;
-    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(to.x), "=f"(to.y), "=f"(to.z), "=f"(to.w)
-                 : "l"(from)
-                 : "memory");
-    return to;
-}
-
-DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
-// It is read by all blocks in every step, and so shall stay.
-DEVICE void prefetch_to_stay(const void* from) { asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(from)); }
-
-// ---- numbers between blocks: words that carry the use's bit ----
-
-DEVICE void put(float* to, float x, unsigned bit) {
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"((__float_as_uint(x) & ~1u) | bit) : "memory");
-}
-
-DEVICE void put(Word* to, Word x, unsigned bit) {
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((x & ~Word(1)) | bit) : "memory");
-}
-
-DEVICE uint4 look(const float* from) {
-    uint4 x;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(from)
-                 : "memory");
-    return x;
-}
-
-DEVICE uint4 look(const Word* from) {  // at two
-    Word a, b;
-    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(from) : "memory");
-    return make_uint4(unsigned(a), unsigned(a >> 32), unsigned(b), unsigned(b >> 32));
-}
-
-DEVICE uint2 look_at_one(const Word* from) {
-    Word x;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(from) : "memory");
-    return make_uint2(unsigned(x), unsigned(x >> 32));
-}
-
-// Waits for four numbers, of which ``x`` was seen; the bit is taken off, so that it does not change what is computed.
-DEVICE float4 get(uint4 x, const float* from, unsigned bit) {
-    while (((x.x ^ bit) | (x.y ^ bit) | (x.z ^ bit) | (x.w ^ bit)) & 1) x = look(from);
-    return make_float4(__uint_as_float(x.x & ~1u), __uint_as_float(x.y & ~1u), __uint_as_float(x.z & ~1u),
-                       __uint_as_float(x.w & ~1u));
-}
-
-DEVICE uint4 get(uint4 x, const Word* from, unsigned bit) {
-    while (((x.x ^ bit) | (x.z ^ bit)) & 1) x = look(from);
-    return make_uint4(x.x & ~1u, x.y, x.z & ~1u, x.w);
-}
-
-DEVICE uint2 get_one(uint2 x, const Word* from, unsigned bit) {
-    while ((x.x ^ bit) & 1) x = look_at_one(from);
-    return make_uint2(x.x & ~1u, x.y);
-}
-
-// Eight float32 each from several places, as FP16.
-template <int N>
-DEVICE void get_eights(uint4 (&to)[N], const float* const (&from)[N], unsigned bit) {
-    uint4 seen[N][2];
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        seen[i][0] = look(from[i]);
-        seen[i][1] = look(from[i] + 4);
-    }
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        const float4 a = get(seen[i][0], from[i], bit), b = get(seen[i][1], from[i] + 4, bit);
-        to[i] = make_uint4(to_half2(a.x, a.y), to_half2(a.z, a.w), to_half2(b.x, b.y), to_half2(b.z, b.w));
-    }
-}
-
-// The numbers of four neighbouring lanes as FP16, in the first of them; its own is rounded so that its last bit is
-// free.
-DEVICE Word pack(float x) {
-    unsigned half = to_half(x);
-    if ((half & 0x7c00) != 0x7c00 && threadIdx.x % 4 == 0) half += half >> 1 & half & 1;
-    half |= __shfl_down_sync(ALL_LANES, half, 1) << 16;
-    return Word(__shfl_down_sync(ALL_LANES, half, 2)) << 32 | half;
-}
-
-// ---- the ring ----
-
-// A warp that brings memory, by one of its threads: every fourth unit. It waits only for shared memory that the block
-// itself will leave.
-struct Memory {
-    Shared& shared;
-    const int warp;
-    const unsigned long long policy = read_once();
-    int at = 0, room = RING;
-    unsigned begun = 0, left = 0, barrier;
-
-    DEVICE Memory(Shared& shared_, int warp_) : shared(shared_), warp(warp_) {}
-
-    DEVICE void make_room() {
-        barrier_wait(shared_address(&shared.empty[left % STAGES]), left / STAGES & 1);
-        room += shared.sizes[warp][left % STAGES];
-        left++;
-    }
-
-    DEVICE void begin(int units, int bytes) {
-        if (begun - left == STAGES) make_room();
-        shared.sizes[warp][begun % STAGES] = units;
-        barrier = shared_address(&shared.full[begun % STAGES]);
-        if (warp == 0) barrier_expect(barrier, bytes);  // others' bytes may come before it: the barrier waits for this
-        begun++;
-    }
-
-    // ``stride``: from one to the next, in numbers; ``rest``: bytes of the last one
-    DEVICE void units(const half_t* from, int count, int stride, int rest = UNIT) {
-#pragma unroll 1
-        while (count > 0) {
-            while (room == 0) make_room();
-            const int n = min(min(count, room), RING - at);
-            unsigned to = shared_address(&shared) + RING_AT + (at + warp) * PITCH;
-            const half_t* own = from + (long long)warp * stride;
-#pragma unroll 1
-            for (int i = warp; i < n; i += MEMORY_WARPS) {
-                copy_bytes(to, own, i + 1 < count ? UNIT : rest, barrier, policy);
-                to += MEMORY_WARPS * PITCH;
-                own += (long long)MEMORY_WARPS * stride;
-            }
-            from += (long long)n * stride;
-            count -= n;
-            room -= n;
-            at = at + n == RING ? 0 : at + n;
-        }
-    }
-
-    // Rows from the first on; a row's segments lie apart, so that those of neighbouring rows are neighbours.
-    template <typename P>
-    DEVICE void rows(const half_t* first, int rows) {
-        begin(rows * P::SEGMENTS, rows * P::SEGMENTS * UNIT);
-#pragma unroll 1
-        for (int segment = 0; segment < P::SEGMENTS; segment++) units(first + segment * WIDTH, rows, P::K);
-    }
-
-    template <typename P>
-    DEVICE void product(const half_t* matrix) {
-        const int first = P::first(blockIdx.x);
-        rows<P>(matrix + (long long)first * P::K, P::first(blockIdx.x + 1) - first);
-    }
-
-    DEVICE void positions(const half_t* keys, const half_t* values, int count) {
-        const int n = (count + UNIT_POSITIONS - 1) / UNIT_POSITIONS, rest = count * 128 - (n - 1) * UNIT;
-        begin(n * 2, count * 256);
-        units(keys, n, WIDTH, rest);
-        units(values, n, WIDTH, rest);
-    }
-};
-
-// The same for a warp that uses it.
-struct Stream {
-    Shared& shared;
-    int at = 0;
-    unsigned begun = 0;
-
-    DEVICE explicit Stream(Shared& shared_) : shared(shared_) {}
-
-    DEVICE void wait() { barrier_wait(shared_address(&shared.full[begun % STAGES]), begun / STAGES & 1); }
-
-    DEVICE unsigned unit(int i) {
-        i += at;
-        return shared_address(&shared) + RING_AT + (i < RING ? i : i - RING) * PITCH;
-    }
-
-    DEVICE void leave(int units) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&shared.empty[begun % STAGES]));
-        begun++;
-        at += units;
-        if (at >= RING) at -= RING;
-    }
-};
-
-// ---- products ----
-
-// A warp's weights of a product. A lane has four columns of a piece from row group of each tile and, beside them, the
-// same of row group + 8, in a tile of eight rows those of the next piece. Each such pair is a matrix operand as it
-// comes, without moving words about, if the operand's rows and columns are read so: its row group holds the first two
-// of the four columns, and its row group + 8 the other two; of what lies beside, likewise, on the right. The input's
-// operand has four columns for a slot. In a tile of 16 rows they are the input's first two and other two numbers (for
-// row group, with nothing on the right), and the same on the right (for row group + 8); in a tile of eight, the numbers
-// of both pieces, twice. Of the results two count for a lane, [group, part · 2] and [group + 8, part · 2 + 1]: their
-// sum is that of row group, or in odd parts of row group + 8, for slot part / 2.
-template <typename P>
-struct Weights {
-    static constexpr int PAIRS = (P::OWN + 1) / 2;
-    uint4 whole[P::WHOLE > 0 ? P::WHOLE : 1][P::OWN], half[PAIRS];
-
-    DEVICE explicit Weights(Stream& stream, int rows = P::first(blockIdx.x + 1) - P::first(blockIdx.x)) {
-        const Place at(stream.begun);
-        stream.wait();
-        // what has no value would keep its register all the time
-#pragma unroll
-        for (int i = 0; i < P::OWN; i++)
-#pragma unroll
-            for (int tile = 0; tile < P::WHOLE; tile++) whole[tile][i] = make_uint4(0, 0, 0, 0);
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) half[i] = make_uint4(0, 0, 0, 0);
-        if (P::ACTIVE == WARPS || at.warp() < P::ACTIVE) {
-            const int segment = P::SEGMENTS == 1 ? 0 : at.warp() * P::OWN / (WIDTH / 16);
-            const int offset = (at.warp() * P::OWN - segment * (WIDTH / 16)) * 32 + at.part() * 8;
-            auto address = [&](int row) { return stream.unit(segment * rows + min(row, rows - 1)) + offset; };
-#pragma unroll
-            for (int tile = 0; tile < P::WHOLE; tile++) {
-                const unsigned upper = address(tile * 16 + at.group()), lower = address(tile * 16 + 8 + at.group());
-#pragma unroll
-                for (int i = 0; i < P::OWN; i++) {
-                    const uint2 a = load_shared_8(upper + i * 32), b = load_shared_8(lower + i * 32);
-                    whole[tile][i] = make_uint4(a.x, a.y, b.x, b.y);
-                }
-            }
-            if (P::HALF) {
-                const unsigned from = address(P::WHOLE * 16 + at.group());
-#pragma unroll
-                for (int i = 0; i < P::OWN; i += 2) {
-                    const uint2 a = load_shared_8(from + i * 32);
-                    const uint2 b = i + 1 < P::OWN ? load_shared_8(from + i * 32 + 32) : make_uint2(0, 0);
-                    half[i / 2] = make_uint4(a.x, a.y, b.x, b.y);
-                }
-            }
-        }
-        stream.leave(rows * P::SEGMENTS);
-    }
-
-    // With the warp's columns of shared.input: its part of each result to ``sums``.
-    DEVICE void multiply(const Stream& stream, float (*sums)[WARPS + 4]) const {
-        static_assert(P::MOST * SLOTS <= MOST_RESULTS && P::OWN * 16 <= MOST_INPUT, "they have places");
-        const Place at(stream.begun);
-        const Shared& shared = stream.shared;
-        if (P::ACTIVE == WARPS || at.warp() < P::ACTIVE) {
-            float c[P::WHOLE + 1][P::CHAINS][4] = {};
-            const int slot = at.group() / 4 < SLOTS ? at.group() / 4 : 0;
-            const half_t* input = &shared.input[at.warp()][slot][at.part() * 4 + at.group() % 2 * 2];
-            const bool right = at.group() & 2;
-            unsigned before = 0;
-#pragma unroll
-            for (int i = 0; i < P::OWN; i++) {
-                const unsigned x = *reinterpret_cast<const unsigned*>(input + i * 16);
-#pragma unroll
-                for (int tile = 0; tile < P::WHOLE; tile++) {
-                    const uint4& w = whole[tile][i];
-                    multiply_add(c[tile][i % P::CHAINS], {w.x, w.y, w.z, w.w}, right ? 0 : x, right ? x : 0);
-                }
-                if (P::HALF && (i % 2 == 1 || i + 1 == P::OWN)) {
-                    const uint4& w = half[i / 2];
-                    const unsigned first = i % 2 ? before : x, second = i % 2 ? x : 0;
-                    multiply_add(c[P::WHOLE][i / 2 % P::CHAINS], {w.x, w.y, w.z, w.w}, first, second);
-                }
-                before = x;
-            }
-#pragma unroll
-            for (int tile = 0; tile < P::WHOLE + P::HALF; tile++) {
-                float sum = c[tile][0][0] + c[tile][0][3];
-#pragma unroll
-                for (int chain = 1; chain < P::CHAINS; chain++) sum += c[tile][chain][0] + c[tile][chain][3];
-                const int row = tile * 16 + at.part() % 2 * 8 + at.group();
-                const bool counts = at.part() / 2 < SLOTS && row < P::MOST;
-                if (counts) sums[at.part() / 2 * P::MOST + row][at.warp()] = sum;
-            }
-        }
-        compute_sync();
-    }
-};
-
-// The whole of a result; ``i``: slot · MOST + row
-template <typename P>
-DEVICE float whole(const float (*sums)[WARPS + 4], int i) {
-    float part[4] = {};
-#pragma unroll
-    for (int warp = 0; warp < P::ACTIVE; warp += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(&sums[i][warp]);
-        part[0] += four.x;
-        part[1] += four.y;
-        part[2] += four.z;
-        part[3] += four.w;
-    }
-    return (part[0] + part[1]) + (part[2] + part[3]);
-}
-
-// Of the columns that products with WIDTH of them take, a lane's four; lanes without any look at another's.
-struct Columns {
-    bool any;
-    int first;
-
-    DEVICE explicit Columns(const Place& at) {
-        any = at.warp() < Square::ACTIVE && at.lane() < QUADS;
-        first = (min(at.warp(), Square::ACTIVE - 1) * Square::OWN * 4 + min(at.lane(), QUADS - 1)) * 4;
-    }
-};
-
-// A thread's result of a product, if it has one: those of the block's rows are the first threads'.
-template <typename P>
-struct Result {
-    bool any;
-    int slot, row;
-
-    DEVICE explicit Result(const Place& at) {
-        const int first = P::first(blockIdx.x), rows = P::first(blockIdx.x + 1) - first;
-        slot = at.thread / P::MOST;
-        any = slot < SLOTS && at.thread % P::MOST < rows;
-        row = first + at.thread % P::MOST;
-    }
-};
-
-// A normalisation's weights and biases of a lane's columns
-struct Norm {
-    float4 weight, bias;
-
-    DEVICE Norm(const float* weights, const float* biases) {
-        const Columns columns{Place()};
-        weight = load_early_4(weights + columns.first);
-        bias = load_early_4(biases + columns.first);
-    }
-};
-
-// LayerNorm of this lane's numbers of each slot to shared.input; ``means``: what the
-// last one found, so that squares are summed of small numbers.
-DEVICE void normalise(Shared& shared, const float4 (&x)[SLOTS], const Norm& by, float (&means)[SLOTS]) {
-    const Place at;
-    const bool any = Columns(at).any;
-    const int warp = at.warp(), lane = at.lane();
-    float sum[SLOTS], squares[SLOTS];
-#pragma unroll
-    for (int slot = 0; slot < SLOTS; slot++) {
-        const float mean = means[slot];
-        const float4 y = make_float4(x[slot].x - mean, x[slot].y - mean, x[slot].z - mean, x[slot].w - mean);
-        sum[slot] = any ? (y.x + y.y) + (y.z + y.w) : 0.0f;
-        squares[slot] = any ? (y.x * y.x + y.y * y.y) + (y.z * y.z + y.w * y.w) : 0.0f;
-    }
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2)
-#pragma unroll
-        for (int slot = 0; slot < SLOTS; slot++) {
-            sum[slot] += __shfl_xor_sync(ALL_LANES, sum[slot], offset);
-            squares[slot] += __shfl_xor_sync(ALL_LANES, squares[slot], offset);
-        }
-    if (lane == 0 && warp < Square::ACTIVE) {
-#pragma unroll
-        for (int slot = 0; slot < SLOTS; slot++) shared.moments[slot][warp] = make_float2(sum[slot], squares[slot]);
-    }
-    compute_sync();
-#pragma unroll
-    for (int slot = 0; slot < SLOTS; slot++) {
-        float4 all = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (int i = 0; i < Square::ACTIVE; i += 2) {
-            const float4 two = *reinterpret_cast<const float4*>(&shared.moments[slot][i]);
-            all = make_float4(all.x + two.x, all.y + two.y, all.z + two.z, all.w + two.w);
-        }
-        const float moved = (all.x + all.z) * (1.0f / WIDTH);
-        const float norm = rsqrtf(fmaxf((all.y + all.w) * (1.0f / WIDTH) - moved * moved, 0.0f) + 1e-5f);
-        const float mean = means[slot] += moved;
-        if (any)
-            *reinterpret_cast<uint2*>(&shared.input[warp][slot][lane * 4]) =
-                make_uint2(to_half2((x[slot].x - mean) * norm * by.weight.x + by.bias.x,
-                                    (x[slot].y - mean) * norm * by.weight.y + by.bias.y),
-                           to_half2((x[slot].z - mean) * norm * by.weight.z + by.bias.z,
-                                    (x[slot].w - mean) * norm * by.weight.w + by.bias.w));
-    }
-    __syncwarp();
-}
-
-// Waits for the FP16 input of a product, this warp's columns.
-template <typename P>
-DEVICE void fetch(Shared& shared, const Word (*from)[P::K / 4], unsigned bit) {
-    constexpr int EACH = P::OWN * 2, ALL = EACH * SLOTS, TURNS = (ALL + 31) / 32;  // pairs of words
-    const Place at;
-    const int warp = at.warp(), lane = at.lane();
-    if (P::ACTIVE == WARPS || warp < P::ACTIVE) {
-        const Word* own = from[0] + warp * P::OWN * 4;
-        uint4 seen[TURNS];
-#pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            const int i = turn * 32 + lane, slot = i / EACH;
-            seen[turn] = make_uint4(0, 0, 0, 0);
-            if (i < ALL) seen[turn] = look(own + slot * (P::K / 4) + (i - slot * EACH) * 2);
-        }
-#pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            const int i = turn * 32 + lane, slot = i / EACH;
-            if (i < ALL)
-                *reinterpret_cast<uint4*>(&shared.input[warp][slot][(i - slot * EACH) * 8]) =
-                    get(seen[turn], own + slot * (P::K / 4) + (i - slot * EACH) * 2, bit);
-        }
-    }
-    __syncwarp();
-}
-
-// ---- attention ----
-
-// What a lane has of 16 positions of a head: of positions group and group + 8, eight numbers of each half of the head.
-// Odd groups take the halves the other way round, so that both come from other banks: [position][first, second].
-struct Tile {
-    uint4 keys[2][2], values[2][2];
-};
-
-// This lane's part of a head's query, from its 64 float32 numbers: words v and v + 2 of eight numbers of each half of
-// the head, where v = group % 2 and the halves' order is that of a position whose group is group / 2.
-DEVICE void get_query(uint2 (&to)[2], const float* from, unsigned bit) {
-    const Place at;
-    const int first = at.group() / 2 % 2 * 32 + at.part() * 8;
-    uint4 eights[2];
-    get_eights<2>(eights, {from + first, from + (first ^ 32)}, bit);
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        to[i] = at.group() % 2 ? make_uint2(eights[i].y, eights[i].w) : make_uint2(eights[i].x, eights[i].z);
-}
-
-// A warp's softmax over its positions. The largest score is the warp's; the rest is of the lane's own positions.
-struct Attention {
-    float maximum = -infinity(), sum = 0.0f, mixed[16] = {};
-
-    // query: from ``get_query``. ``first``: position of this lane's group in the first of the tiles, which are
-    // ROUND apart; those from ``end`` on do not count, but hold finite numbers.
-    template <int N>
-    DEVICE void attend(const uint2 (&query)[2], const Tile (&tiles)[N], int first, int end) {
-        const Place at;
-        float scores[N][2];
-        float best = maximum;
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                // a position is a matrix operand as it comes, like a product's weights, if every other word of it
-                // counts as another row; the query has its halves one way round in some columns, the other in others
-                float c[4] = {};
-#pragma unroll
-                for (int which = 0; which < 2; which++) {
-                    const uint4& key = tiles[n].keys[i][which];
-                    multiply_add(c, {key.x, key.y, key.z, key.w}, query[which].x, query[which].y);
-                }
-                const float mine = c[0] + c[3], other = __shfl_xor_sync(ALL_LANES, mine, 1);
-                const bool counts = first + n * ROUND + i * 8 < end;
-                scores[n][i] = counts ? ((at.part() + at.group()) % 2 ? other : mine) * SCALE : -infinity();
-            }
-            best = fmaxf(best, fmaxf(scores[n][0], scores[n][1]));
-        }
-#pragma unroll
-        for (int offset = 4; offset < 32; offset *= 2) best = fmaxf(best, __shfl_xor_sync(ALL_LANES, best, offset));
-        const float reference = best == -infinity() ? 0.0f : best;  // none of the warp's positions counts
-        const float rescale = exp2_approximate(maximum - reference);
-        sum *= rescale;
-        half2_t both[2][4];
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const float weight = exp2_approximate(scores[n][i] - reference);
-                sum += weight;
-                const half2_t twice = to_half2(weight, weight);
-#pragma unroll
-                for (int which = 0; which < 2; which++) {
-                    const uint4& value = tiles[n].values[i][which];
-                    const half2_t words[4] = {value.x, value.y, value.z, value.w};
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        half2_t& sum_of = both[which][j];
-                        sum_of = n + i == 0 ? multiply2(twice, words[j]) : multiply_add2(twice, words[j], sum_of);
-                    }
-                }
-            }
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const float2 two = to_float2(both[i / 4][i % 4]);
-            mixed[2 * i] = mixed[2 * i] * rescale + two.x;
-            mixed[2 * i + 1] = mixed[2 * i + 1] * rescale + two.y;
-        }
-        maximum = best;
-    }
-
-    // All warps together: thread i of the first 64 gets number i of the mean of values; ``most`` and ``total``: the
-    // largest score and the sum of weights.
-    DEVICE float merge(Shared& shared, float& most, float& total) {
-        const Place at;
-        const int warp = at.warp(), lane = at.lane();
-#pragma unroll
-        for (int offset = 4; offset < 32; offset *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
-        // with each exchange a lane keeps half of its numbers
-#pragma unroll
-        for (int i = 0; i < 8; i++) mixed[i] += __shfl_xor_sync(ALL_LANES, mixed[8 + i], 4);
-#pragma unroll
-        for (int keep = 4; keep > 1; keep /= 2) {
-            const int offset = 32 / keep;
-            const bool upper = lane & offset;
-#pragma unroll
-            for (int i = 0; i < keep; i++) {
-                const float other = upper ? mixed[i] : mixed[keep + i];
-                mixed[i] = (upper ? mixed[keep + i] : mixed[i]) + __shfl_xor_sync(ALL_LANES, other, offset);
-            }
-        }
-        const int number = at.eight(0) + (lane & 8 ? 4 : 0) + (lane & 16 ? 2 : 0);
-        *reinterpret_cast<float2*>(&shared.mixed[warp][number]) = make_float2(mixed[0], mixed[1]);
-        if (lane == 0) {
-            shared.maxima[warp] = maximum;
-            shared.totals[warp] = sum;
-        }
-        compute_sync();
-        float result = 0.0f;
-        most = -infinity();
-        total = 0.0f;
-        if (at.thread < 64) {
-            float share[WARPS];
-#pragma unroll
-            for (int i = 0; i < WARPS; i++) {
-                share[i] = shared.maxima[i];
-                most = fmaxf(most, share[i]);
-            }
-#pragma unroll
-            for (int i = 0; i < WARPS; i++) {
-                share[i] = exp2_approximate(share[i] - most);  // 0 of a warp without positions
-                total += share[i] * shared.totals[i];
-                result += share[i] * shared.mixed[i][at.thread];
-            }
-            result = __fdividef(result, total);
-        }
-        return result;
-    }
-};
+#include "persistent_attention.cuh"
+#include "persistent_products.cuh"
 
 DEVICE float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f)); }
 
@@ -743,11 +75,16 @@ struct Step {
     DEVICE void get_residual(float4 (&x)[SLOTS], int which, unsigned bit) {
         const Columns columns{Place()};
         const float(*from)[WIDTH] = exchange()->residual[which];
+        const float* places[SLOTS];
         uint4 seen[SLOTS];
 #pragma unroll
-        for (int slot = 0; slot < SLOTS; slot++) seen[slot] = look(from[slot] + columns.first);
+        for (int slot = 0; slot < SLOTS; slot++) {
+            places[slot] = from[slot] + columns.first;
+            seen[slot] = look(places[slot]);
+        }
+        get(seen, places, bit);
 #pragma unroll
-        for (int slot = 0; slot < SLOTS; slot++) x[slot] = get(seen[slot], from[slot] + columns.first, bit);
+        for (int slot = 0; slot < SLOTS; slot++) x[slot] = as_floats(seen[slot]);
     }
 
     // A product's bias, into what is the block's own of the residual stream
@@ -811,16 +148,25 @@ struct SelfUnit {
         };
         load(0);
         const float* own = step.exchange()->qkv[slot] + head * 64;
+        const Query from(own);
         uint2 query[2];
-        get_query(query, own, step.bit);
+        uint4 made[4] = {};  // this position's key and value, of the warp that looks at it
+        if (last / 16 % WARPS == at.warp()) {
+            const float *first = own + WIDTH + at.eight(0), *second = own + WIDTH + at.eight(1);
+            uint4 all[6];
+            get_eights<6>(all, {from.first, from.second, first, second, first + WIDTH, second + WIDTH}, step.bit);
+            query[0] = Query::of(all[0]);
+            query[1] = Query::of(all[1]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) made[i] = all[2 + i];
+        } else {
+            from.get(query, step.bit);
+        }
         Attention attention;
 #pragma unroll 1
         for (int round = 0; round <= last; round += ROUND) {
             if (round > 0) load(round);
             if (last / 16 == round / 16 + at.warp()) {
-                uint4 made[4];  // this position's key and value
-                const float *first = own + WIDTH + at.eight(0), *second = own + WIDTH + at.eight(1);
-                get_eights<4>(made, {first, second, first + WIDTH, second + WIDTH}, step.bit);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     if (round + group + i * 8 != last) continue;
@@ -881,7 +227,7 @@ struct CrossUnit {
         const Place at;
         const float* own = step.exchange()->query[unit / HEADS] + unit % HEADS * 64;
         uint2 query[2];
-        get_query(query, own, step.bit);
+        Query(own).get(query, step.bit);
         Attention attention;
         const int group = begin + at.warp() * 16 + at.group();
         attention.attend<KEPT>(query, tiles, group, end);
@@ -909,31 +255,30 @@ DEVICE void gather(Step& step) {
     if (columns.any) {
         const Word* shares = step.exchange()->shares[columns.first / 64];
         const Word* parts = step.exchange()->parts[columns.first / 64][0] + columns.first % 64 / 4;
-        uint2 shares_seen[SLOTS][SPLITS], parts_seen[SLOTS][SPLITS];
+        constexpr int ALL = SLOTS * SPLITS;
+        const Word* places[2 * ALL];  // shares, and then parts
+        uint2 seen[2 * ALL];
 #pragma unroll
-        for (int slot = 0; slot < SLOTS; slot++)
-#pragma unroll
-            for (int i = 0; i < SPLITS; i++) {
-                shares_seen[slot][i] = look_at_one(shares + slot * HEADS * SPLITS + i);
-                parts_seen[slot][i] = look_at_one(parts + (slot * HEADS * SPLITS + i) * 16);
-            }
+        for (int i = 0; i < ALL; i++) {
+            const int at_split = i / SPLITS * HEADS * SPLITS + i % SPLITS;
+            places[i] = shares + at_split;
+            places[ALL + i] = parts + at_split * 16;
+            seen[i] = look_at_one(places[i]);
+            seen[ALL + i] = look_at_one(places[ALL + i]);
+        }
+        get(seen, places, step.bit);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
+            const uint2 *share = seen + slot * SPLITS, *part = share + ALL;
             float most = -infinity();
 #pragma unroll
-            for (int i = 0; i < SPLITS; i++) {
-                uint2& share = shares_seen[slot][i];
-                share = get_one(share, shares + slot * HEADS * SPLITS + i, step.bit);
-                most = fmaxf(most, __uint_as_float(share.x));
-            }
+            for (int i = 0; i < SPLITS; i++) most = fmaxf(most, __uint_as_float(share[i].x));
             float total = 0.0f;
             float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
             for (int i = 0; i < SPLITS; i++) {
-                const uint2 part = get_one(parts_seen[slot][i], parts + (slot * HEADS * SPLITS + i) * 16, step.bit);
-                const uint2& share = shares_seen[slot][i];
-                const float weight = exp2_approximate(__uint_as_float(share.x) - most) * __uint_as_float(share.y);
-                const float2 a = to_float2(part.x), b = to_float2(part.y);
+                const float weight = exp2_approximate(__uint_as_float(share[i].x) - most) * __uint_as_float(share[i].y);
+                const float2 a = to_float2(part[i].x), b = to_float2(part[i].y);
                 total += weight;
                 sum.x += weight * a.x;
                 sum.y += weight * a.y;
