@@ -188,6 +188,9 @@ DEVICE void weigh(const Run& run, const half_t* queries, float2* partial_sums, i
             }
         }
 
+        // The stage's weights may be written when the last ones have been read. That the tile has come says so too, but by
+        // a chain through the copy engine, which racecheck does not follow; the stage's first pass waits for nothing.
+        barrier_wait(run.barrier(EMPTY, place.stage), place.parity ^ 1);
         barrier_wait(run.barrier(FULL, place.stage), place.parity);
         const char* const rows = run.tile(place.stage) + offset;
         const char* const next_rows = run.tile(place.stage) + (BITS == 8 ? (offset ^ 16) + 128 : offset ^ 32);
