@@ -48,7 +48,7 @@ class HopperShape:
     def shared_bytes(self, width: int, bits: int) -> int:
         """Dynamic shared memory of a block, as the source lays it out."""
         heads = -(-HEADS[width] // 8) * 8
-        score_warps = 8
+        score_warps = 4
         tile = self.keys * width * bits // 8
         scales = -(-width // GROUP * self.keys * 2 // 128) * 128 if bits == 8 else 0
         partial_scores = 2 * score_warps * heads * (self.keys + 4) * 4
@@ -159,7 +159,7 @@ class LatentAttention:
                 f"of shared memory, the GPU has {limit}"
             )
         if isinstance(self.cut, HopperShape):
-            made, name, self._threads = hopper_build(width, bits, self.cut), "latent_attention_sm90", 512
+            made, name, self._threads = hopper_build(width, bits, self.cut), "latent_attention_sm90", 384
         else:
             made, name, self._threads = latent_build(width, bits, self.cut), "latent_attention", 32 * self.cut.warps
         self._attend = Kernel(made, name, device, shared_bytes=self.cut.shared_bytes(width, bits))

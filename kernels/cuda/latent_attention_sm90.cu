@@ -12,16 +12,16 @@
 // latent_attention_combine does.
 //
 // NOTES: each step of a tile is a chain of waits, so the steps of different tiles run side by side in different warps.
-// Eight warps turn tiles into weights: each multiplies an eighth of the columns with its part of the queries, which
-// stays in registers; the partial scores meet in shared memory. Eight more sum tiles by these weights, each an eighth of
-// the columns, in registers. The copy engine brings tiles into a ring ahead of both. Both kinds of warps make FP16
+// Four warps turn tiles into weights: each multiplies a quarter of the columns with its part of the queries, which
+// stays in registers; the partial scores meet in shared memory. Eight warps sum tiles by these weights, each an eighth
+// of the columns, in registers. The copy engine brings tiles into a ring ahead of both. Both kinds of warps make FP16
 // of bytes in registers, as they need it: the two products want different neighbours in a register anyway.
 #include "hopper.cuh"
 #include "latent_parts.cuh"
 
-constexpr int SCORE_WARPS = 8, SUM_WARPS = 8;
+constexpr int SCORE_WARPS = 4, SUM_WARPS = 8;
 constexpr int THREADS = (SCORE_WARPS + SUM_WARPS) * 32;
-constexpr int SCORE_REGISTERS = 96, SUM_REGISTERS = 160;
+constexpr int SCORE_REGISTERS = 184, SUM_REGISTERS = 160;
 
 // Heads are the N of the matrix instructions, eight at a time. Where four are left, one more eight takes them twice,
 // for two steps of the scores or two tiles of the sums, so that no registers hold queries or sums of empty heads.
@@ -60,7 +60,7 @@ constexpr unsigned FULL = 0, WEIGHED = STAGES * 8, EMPTY = 2 * STAGES * 8;
 constexpr float GROWTH = 8.0f;
 
 static_assert(WIDTH % 128 == 0, "whole chunks");
-static_assert(KEYS == 16 || KEYS == 32 || KEYS == 64, "a quarter as many lanes take the softmax of a head");
+static_assert(KEYS == 16 || KEYS == 32 || KEYS == 64, "warps take softmaxes over 16 or 32 positions at a time");
 
 // The stage a tile is in, and the parity of its barriers' phase.
 struct Place {
@@ -102,85 +102,73 @@ DEVICE unsigned word(const uint4& four, int i) { return i == 0 ? four.x : i == 1
 
 // Bytes as FP16 numbers. 0x6400 + u is 1024 + u. The product with a scale of at most 7 significant bits, less 1152
 // times the scale, which then is an FP16 number, is (u - 128) times the scale, rounded once.
-DEVICE half2_t bytes_to_halves(unsigned values, unsigned selector, unsigned exponents, half2_t scale, half2_t bias) {
-    return multiply_add2(__byte_perm(values, exponents, selector), scale, bias);
+DEVICE half2_t bytes_to_halves(unsigned values, unsigned selector, half2_t scale, half2_t bias) {
+    return multiply_add2(__byte_perm(values, 0x64646464u, selector), scale, bias);
 }
-// NOTES: not a constant to the compiler, which otherwise copies the permutations' selectors into registers instead
-DEVICE unsigned exponents_of_1024() { return 0x64646463u + gridDim.y; }
-
 DEVICE half2_t bias_of(half2_t scale) { return multiply2(scale, 0xe480e480u); }  // times -1152
-
-// One of two numbers, twice.
-DEVICE half2_t twice(half2_t two, int i) {
-    half2_t same;
-    if (i)
-        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {high, high};\n}" : "=r"(same) : "r"(two));
-    else
-        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {low, low};\n}" : "=r"(same) : "r"(two));
-    return same;
-}
 
 DEVICE void scores_meet() { asm volatile("bar.sync 1, %0;" ::"n"(SCORE_WARPS * 32) : "memory"); }
 
-constexpr int BLOCK = 32;  // columns, in two steps or tiles of the matrix instructions
-constexpr int BLOCKS = WIDTH / BLOCK;
-constexpr int CHUNK_BLOCKS = BITS == 8 ? 4 : 2;  // in a chunk
-constexpr int OWN_BLOCKS = (BLOCKS + 7) / 8;     // of a warp of either kind: warp, warp + 8, …
+// ---- the four warps that turn tiles into weights ----
 
-DEVICE bool has_block(int warp, int i) { return BLOCKS % 8 == 0 || warp + 8 * i < BLOCKS; }
+constexpr int SLICES = ROW_BYTES / 64;  // of a row; a warp's are warp, warp + 4, …
+constexpr int OWN_SLICES = (SLICES + SCORE_WARPS - 1) / SCORE_WARPS;
+constexpr int PIECE = 128 / BITS;  // columns in 16 bytes, of which a lane takes one a slice and row
+constexpr int STEPS = PIECE / 4;   // of 16 columns, in a slice
 
-// ---- the eight warps that turn tiles into weights ----
-
-constexpr int LANE_KEYS = 4;                  // positions in a row, of which a lane takes part in the softmax
-constexpr int HEAD_LANES = KEYS / LANE_KEYS;  // that take the softmax of one head together
-constexpr int WARP_HEADS = 32 / HEAD_LANES;
-constexpr int HEADS_AT_ONCE = SCORE_WARPS * WARP_HEADS;
+constexpr int HEAD_LANES = KEYS < 32 ? KEYS : 32;  // that take the softmax of one head together
+constexpr int LANE_KEYS = KEYS / HEAD_LANES;       // positions of a lane
+constexpr int HEADS_AT_ONCE = SCORE_WARPS * 32 / HEAD_LANES;
 constexpr int OWN_HEADS = (HEADS + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE;  // of a lane
+
+DEVICE bool has_slice(int warp, int i) { return SLICES % SCORE_WARPS == 0 || warp + SCORE_WARPS * i < SLICES; }
 
 DEVICE void weigh(const Run& run, const half_t* queries, float2* partial_sums, int window_stride, int head_stride,
                   float scale_log2) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = lane / 4, member = lane % 4;
-    // Of a tile's first sixteen rows a lane reads this one from the state's bytes, and the next. Of FP16 it names it for
-    // matrices.
-    const int row = BITS == 8 ? group * 2 : lane % 16;
-    const int piece = BITS == 8 ? warp % 4 * 2 + member / 2 : warp % 2 * 4 + lane / 16;
-    const int offset = warp / CHUNK_BLOCKS * CHUNK + row * 128 + (piece ^ row % 8) * 16 + (BITS == 8 ? member % 2 * 8 : 0);
-    const int own_key = BITS == 8 ? row : group;  // of its scores, beside the next or the eighth after it
-    const int first_head = warp * WARP_HEADS + lane / HEAD_LANES;
-    const int key = lane % HEAD_LANES * LANE_KEYS;
+    // NOTES: eight lanes read from shared memory at once: those of two rows, which have to differ by 4
+    const int row = group / 2 + group % 2 * 4;
+    const int offset = warp / 2 * CHUNK + row * 128 + ((warp % 2 * 4 + member) ^ row) * 16;
+    const int first_head = warp + SCORE_WARPS * (lane / HEAD_LANES);
+    const int key = lane % HEAD_LANES;
 
-    // Of a block's columns, what a lane has of bytes are eight in a row: a step's first two are 2 · member of the matrix
-    // instruction, the next two 2 · member + 8, of queries and state alike. ``last`` has the last four heads for both
-    // steps.
-    auto column = [&](int step, int half) {
-        return BITS == 8 ? member * 8 + step * 4 + half * 2 : step * 16 + half * 8 + member * 2;
-    };
-    unsigned query[OWN_BLOCKS][2][EIGHTS][2], last[OWN_BLOCKS][2];
+    // With the columns of a lane's piece: a step's first two are 2 · member of the matrix instruction, the next two
+    // 2 · member + 8, of queries and state alike. ``last`` has the last four heads for an even step and the odd one
+    // after it.
+    unsigned query[OWN_SLICES][STEPS][EIGHTS][2], last[OWN_SLICES][STEPS / 2][2];
     float reference[OWN_HEADS], sum[OWN_HEADS];  // the sum is this lane's share
 
-    const unsigned exponents = exponents_of_1024();
     Place place;
     for (int index = run.begin; index < run.end; index++, place.next()) {
         const Tile tile(index);
         if (index == run.begin || tile.first == 0) {
-            const half_t* from = queries + (long long)tile.window * window_stride + warp * BLOCK;
+            const half_t* from = queries + (long long)tile.window * window_stride + (warp * 4 + member) * PIECE;
 #pragma unroll
-            for (int i = 0; i < OWN_BLOCKS; i++) {
-                auto two = [&](int head, int step, int half) {
-                    if (head >= HEADS || !has_block(warp, i)) return 0u;
-                    const half_t* at = from + head * head_stride + i * SCORE_WARPS * BLOCK + column(step, half);
-                    return *reinterpret_cast<const unsigned*>(at);
-                };
+            for (int i = 0; i < OWN_SLICES; i++)
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
+                for (int s = 0; s < STEPS; s += 2) {
+                    const half_t* at = from + i * 4 * SCORE_WARPS * PIECE + s * 4;
 #pragma unroll
-                    for (int s = 0; s < 2; s++)
-#pragma unroll
-                        for (int j = 0; j < EIGHTS; j++) query[i][s][j][half] = two(j * 8 + group, s, half);
-                    if constexpr (TWICE) last[i][half] = two(EIGHTS * 8 + group % 4, group / 4, half);
+                    for (int j = 0; j < EIGHTS; j++) {
+                        const int head = j * 8 + group;
+                        uint4 four = make_uint4(0, 0, 0, 0);
+                        if (head < HEADS && has_slice(warp, i))
+                            four = *reinterpret_cast<const uint4*>(at + head * head_stride);
+                        query[i][s][j][0] = four.x;
+                        query[i][s][j][1] = four.y;
+                        query[i][s + 1][j][0] = four.z;
+                        query[i][s + 1][j][1] = four.w;
+                    }
+                    if constexpr (TWICE) {
+                        const int head = EIGHTS * 8 + group % 4;
+                        uint2 two = make_uint2(0, 0);
+                        if (has_slice(warp, i))
+                            two = *reinterpret_cast<const uint2*>(at + head * head_stride + group / 4 * 4);
+                        last[i][s / 2][0] = two.x;
+                        last[i][s / 2][1] = two.y;
+                    }
                 }
-            }
 #pragma unroll
             for (int j = 0; j < OWN_HEADS; j++) {
                 reference[j] = -infinity();
@@ -188,145 +176,118 @@ DEVICE void weigh(const Run& run, const half_t* queries, float2* partial_sums, i
             }
         }
 
-        // The stage's weights may be written when the last ones have been read. That the tile has come says so too, but by
-        // a chain through the copy engine, which racecheck does not follow; the stage's first pass waits for nothing.
-        barrier_wait(run.barrier(EMPTY, place.stage), place.parity ^ 1);
         barrier_wait(run.barrier(FULL, place.stage), place.parity);
         const char* const rows = run.tile(place.stage) + offset;
-        const char* const next_rows = run.tile(place.stage) + (BITS == 8 ? (offset ^ 16) + 128 : offset ^ 32);
-        const half_t* const scales = run.scales(place.stage) + warp / 2 * KEYS + own_key;
         float* const scores = run.scores((index - run.begin) % 2);
-        float* const own_scores = scores + (warp * PADDED_HEADS + member * 2) * SCORE_PITCH + own_key;
-#pragma unroll 1  // NOTES: for registers
+        float* const own_scores = scores + (warp * PADDED_HEADS + member * 2) * SCORE_PITCH + row;
+#pragma unroll
         for (int m = 0; m < KEY_TILES; m++) {
-            float partial[EIGHTS][4] = {}, even[4] = {}, odd[4] = {};  // the last four heads', of even and odd steps
+            float partial[2][EIGHTS + TWICE][4] = {};  // of even and odd steps
 #pragma unroll
-            for (int i = 0; i < OWN_BLOCKS; i++) {
-                if (!has_block(warp, i)) break;
-                const int further = i * (SCORE_WARPS / CHUNK_BLOCKS) * CHUNK + m * 2 * EIGHT_ROWS;
-                unsigned a[2][4];
-                if constexpr (BITS == 8) {
-                    const half_t* const of_two = scales + i * (SCORE_WARPS / 2) * KEYS + m * 16;
-                    const half2_t scale = *reinterpret_cast<const unsigned*>(of_two);
-                    const half2_t bias = bias_of(scale);
+            for (int i = 0; i < OWN_SLICES; i++) {
+                if (!has_slice(warp, i)) break;
+                uint4 pieces[2];
+                half2_t scale[2], bias[2];
 #pragma unroll
-                    for (int r = 0; r < 2; r++) {
-                        const uint2 eight = *reinterpret_cast<const uint2*>((r ? next_rows : rows) + further);
-#pragma unroll
-                        for (int s = 0; s < 2; s++)
-#pragma unroll
-                            for (int half = 0; half < 2; half++)
-                                a[s][half * 2 + r] =
-                                    bytes_to_halves(s ? eight.y : eight.x, half ? 0x4342 : 0x4140, exponents,
-                                                    twice(scale, r), twice(bias, r));
+                for (int r = 0; r < 2; r++) {
+                    pieces[r] = *reinterpret_cast<const uint4*>(rows + i * 2 * CHUNK + (m * 2 + r) * EIGHT_ROWS);
+                    if constexpr (BITS == 8) {
+                        const half_t* scales = run.scales(place.stage) + (warp + SCORE_WARPS * i) * KEYS + row;
+                        scale[r] = scales[(m * 2 + r) * 8] * 0x10001u;
+                        bias[r] = bias_of(scale[r]);
                     }
-                } else {
-                    load_matrices(a[0], shared_address(rows + further));
-                    load_matrices(a[1], shared_address(next_rows + further));
                 }
 #pragma unroll
-                for (int s = 0; s < 2; s++) {
+                for (int s = 0; s < STEPS; s++) {
+                    unsigned a[4];
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        const int r = k % 2;
+                        if constexpr (BITS == 8)
+                            a[k] = bytes_to_halves(word(pieces[r], s), k < 2 ? 0x4140 : 0x4342, scale[r], bias[r]);
+                        else
+                            a[k] = word(pieces[r], s * 2 + k / 2);
+                    }
 #pragma unroll
                     for (int j = 0; j < EIGHTS; j++)
-                        multiply_add(partial[j], a[s], query[i][s][j][0], query[i][s][j][1]);
-                    if constexpr (TWICE) multiply_add(s ? odd : even, a[s], last[i][0], last[i][1]);
+                        multiply_add(partial[s % 2][j], a, query[i][s][j][0], query[i][s][j][1]);
+                    if constexpr (TWICE)
+                        multiply_add(partial[s % 2][EIGHTS], a, last[i][s / 2][0], last[i][s / 2][1]);
                 }
             }
 #pragma unroll
-            for (int k = 0; k < 2; k++) {
-                float* const to = own_scores + k * SCORE_PITCH + m * 16;
-                auto put = [&](int head, float first, float second) {
-                    float* const at = to + head * SCORE_PITCH;
-                    if constexpr (BITS == 8)
-                        *reinterpret_cast<float2*>(at) = make_float2(first, second);
-                    else
-                        at[0] = first, at[8] = second;
-                };
+            for (int k = 0; k < 4; k++) {
+                float* const to = own_scores + k % 2 * SCORE_PITCH + m * 16 + k / 2 * 8;
 #pragma unroll
-                for (int j = 0; j < EIGHTS; j++) put(j * 8, partial[j][k], partial[j][k + 2]);
-                // once from even, once from odd steps
+                for (int j = 0; j < EIGHTS; j++) to[j * 8 * SCORE_PITCH] = partial[0][j][k] + partial[1][j][k];
+                // the last four heads once from even, once from odd steps
                 if constexpr (TWICE)
-                    put(EIGHTS * 8, member < 2 ? even[k] : odd[k], member < 2 ? even[k + 2] : odd[k + 2]);
+                    to[EIGHTS * 8 * SCORE_PITCH] = member < 2 ? partial[0][EIGHTS][k] : partial[1][EIGHTS][k];
             }
         }
         scores_meet();  // NOTES: once a tile, as what they read next is written again only behind the next meeting
 
-        if (warp * WARP_HEADS < HEADS) {
-            // a lane's heads side by side, as each is a chain of waits; heads that the model does not have repeat the
-            // last
-            float score[OWN_HEADS][LANE_KEYS], rescale[OWN_HEADS];
-            bool grown = false;
+        // a lane's heads side by side, as each is a chain of waits; heads that the model does not have repeat the last
+        float score[OWN_HEADS][LANE_KEYS];
+        bool grown = false;
+#pragma unroll
+        for (int j = 0; j < OWN_HEADS; j++) {
+            const int head = min(first_head + HEADS_AT_ONCE * j, HEADS - 1);
+#pragma unroll
+            for (int k = 0; k < LANE_KEYS; k++) {
+                float x = 0.0f;
+#pragma unroll
+                for (int w = 0; w < SCORE_WARPS; w++) {
+                    const float* from = scores + (w * PADDED_HEADS + head) * SCORE_PITCH + key + k * 32;
+                    x += HEADS_AT_ONCE * j < EIGHTS * 8 ? from[0] : from[0] + from[4 * SCORE_PITCH];
+                }
+                score[j][k] = tile.first + key + k * 32 < POSITIONS ? x * scale_log2 : -infinity();
+                grown |= score[j][k] > reference[j] + GROWTH;
+            }
+        }
+        grown = __any_sync(ALL_LANES, grown);
+        if (grown) {
+            float most[OWN_HEADS];
 #pragma unroll
             for (int j = 0; j < OWN_HEADS; j++) {
-                const int head = min(first_head + HEADS_AT_ONCE * j, HEADS - 1);
-                rescale[j] = 1.0f;
+                most[j] = score[j][0];
 #pragma unroll
-                for (int k = 0; k < LANE_KEYS; k++) score[j][k] = 0.0f;
-                auto add = [&](const float* from) {
-#pragma unroll
-                    for (int w = 0; w < SCORE_WARPS; w++, from += PADDED_HEADS * SCORE_PITCH) {
-                        const float4 four = *reinterpret_cast<const float4*>(from);
-                        score[j][0] += four.x;
-                        score[j][1] += four.y;
-                        score[j][2] += four.z;
-                        score[j][3] += four.w;
-                    }
-                };
-                const float* const from = scores + head * SCORE_PITCH + key;
-                add(from);
-                // all heads of a warp or none
-                if (TWICE && warp * WARP_HEADS + HEADS_AT_ONCE * j >= EIGHTS * 8) add(from + 4 * SCORE_PITCH);
-#pragma unroll
-                for (int k = 0; k < LANE_KEYS; k++) {
-                    score[j][k] = tile.first + key + k < POSITIONS ? score[j][k] * scale_log2 : -infinity();
-                    grown |= score[j][k] > reference[j] + GROWTH;
-                }
+                for (int k = 1; k < LANE_KEYS; k++) most[j] = fmaxf(most[j], score[j][k]);
             }
-            grown = __any_sync(ALL_LANES, grown);
-            if (grown) {
-                float most[OWN_HEADS];
 #pragma unroll
-                for (int j = 0; j < OWN_HEADS; j++)
-                    most[j] = fmaxf(fmaxf(score[j][0], score[j][1]), fmaxf(score[j][2], score[j][3]));
+            for (int i = HEAD_LANES / 2; i; i /= 2)
 #pragma unroll
-                for (int i = HEAD_LANES / 2; i; i /= 2)
-#pragma unroll
-                    for (int j = 0; j < OWN_HEADS; j++)
-                        most[j] = fmaxf(most[j], __shfl_xor_sync(ALL_LANES, most[j], i));
-#pragma unroll
-                for (int j = 0; j < OWN_HEADS; j++) {
-                    const float next = most[j] > reference[j] + GROWTH ? most[j] : reference[j];
-                    rescale[j] = exp2_approximate(reference[j] - next);
-                    reference[j] = next;
-                    sum[j] *= rescale[j];
-                }
-            }
-            if (lane == 0) run.grown(place.stage)[warp] = grown;
+                for (int j = 0; j < OWN_HEADS; j++) most[j] = fmaxf(most[j], __shfl_xor_sync(ALL_LANES, most[j], i));
 #pragma unroll
             for (int j = 0; j < OWN_HEADS; j++) {
                 const int head = first_head + HEADS_AT_ONCE * j;
-                half_t weight[LANE_KEYS];
-#pragma unroll
-                for (int k = 0; k < LANE_KEYS; k++) {
-                    weight[k] = to_half(exp2_approximate(score[j][k] - reference[j]));
-                    sum[j] += to_float(weight[k]);
-                }
-                if (head < HEADS) {
-                    if (key == 0) run.rescales(place.stage)[head] = rescale[j];
-                    *reinterpret_cast<uint2*>(run.weights(place.stage) + head * WEIGHT_PITCH + key) =
-                        make_uint2(weight[0] | unsigned(weight[1]) << 16, weight[2] | unsigned(weight[3]) << 16);
-                }
+                const float next = most[j] > reference[j] + GROWTH ? most[j] : reference[j];
+                const float rescale = exp2_approximate(reference[j] - next);
+                reference[j] = next;
+                sum[j] *= rescale;
+                if (key == 0 && head < HEADS) run.rescales(place.stage)[head] = rescale;
             }
-            if (index == run.end - 1 || tile.ends_window()) {
-                const Part part(tile.window, run.begin, run.end);
+        }
+        if (lane == 0) run.grown(place.stage)[warp] = grown;
 #pragma unroll
-                for (int j = 0; j < OWN_HEADS; j++) {
-                    const int head = first_head + HEADS_AT_ONCE * j;
-                    const float total = warp_sum<HEAD_LANES>(sum[j]);
-                    if (key == 0 && head < HEADS) {
-                        run.norms(place.stage)[head] = 1.0f / total;
-                        if (!part.whole) partial_sums[part.index * HEADS + head] = make_float2(reference[j], total);
-                    }
+        for (int j = 0; j < OWN_HEADS; j++) {
+            const int head = first_head + HEADS_AT_ONCE * j;
+#pragma unroll
+            for (int k = 0; k < LANE_KEYS; k++) {
+                const half_t weight = to_half(exp2_approximate(score[j][k] - reference[j]));
+                sum[j] += to_float(weight);
+                if (head < HEADS) run.weights(place.stage)[head * WEIGHT_PITCH + key + k * 32] = weight;
+            }
+        }
+        if (index == run.end - 1 || tile.ends_window()) {
+            const Part part(tile.window, run.begin, run.end);
+#pragma unroll
+            for (int j = 0; j < OWN_HEADS; j++) {
+                const int head = first_head + HEADS_AT_ONCE * j;
+                const float total = warp_sum<HEAD_LANES>(sum[j]);
+                if (key == 0 && head < HEADS) {
+                    run.norms(place.stage)[head] = 1.0f / total;
+                    if (!part.whole) partial_sums[part.index * HEADS + head] = make_float2(reference[j], total);
                 }
             }
         }
@@ -336,6 +297,13 @@ DEVICE void weigh(const Run& run, const half_t* queries, float2* partial_sums, i
 }
 
 // ---- the eight warps that sum tiles by their weights ----
+
+constexpr int BLOCK = 32;  // columns, in two tiles of the matrix instructions; a warp's blocks are warp, warp + 8, …
+constexpr int BLOCKS = WIDTH / BLOCK;
+constexpr int OWN_BLOCKS = (BLOCKS + SUM_WARPS - 1) / SUM_WARPS;
+constexpr int CHUNK_BLOCKS = BITS == 8 ? 4 : 2;  // in a chunk
+
+DEVICE bool has_block(int warp, int i) { return BLOCKS % SUM_WARPS == 0 || warp + SUM_WARPS * i < BLOCKS; }
 
 // A lane's sums, columns × heads as matrix instructions have them, of its blocks.
 struct Sums {
@@ -510,18 +478,20 @@ DEVICE void sum(const Run& run, half_t* out, half_t* partial_out, const float2* 
 
     Sums all;
     all.clear();
-    const unsigned exponents = exponents_of_1024();
     Place place;
     for (int index = run.begin; index < run.end; index++, place.next()) {
         const Tile tile(index);
         barrier_wait(run.barrier(FULL, place.stage), place.parity);
         barrier_wait(run.barrier(WEIGHED, place.stage), place.parity);
-        const int4* const flags = reinterpret_cast<const int4*>(run.grown(place.stage));
-        const int4 some = flags[0], others = flags[1];
-        if (some.x | some.y | some.z | some.w | others.x | others.y | others.z | others.w)
+        const int4 grown = *reinterpret_cast<const int4*>(run.grown(place.stage));
+        if (grown.x | grown.y | grown.z | grown.w) {
+            // a head's warp is head % 4; only of those that have grown there are factors
+            const bool first = member % 2 ? grown.z : grown.x, second = member % 2 ? grown.w : grown.y;
             all.scale(member, [&](int head) {
-                return *reinterpret_cast<const float2*>(run.rescales(place.stage) + head);
+                const float2 rescale = *reinterpret_cast<const float2*>(run.rescales(place.stage) + head);
+                return make_float2(first ? rescale.x : 1.0f, second ? rescale.y : 1.0f);
             });
+        }
 
         const char* const stage = run.tile(place.stage);
         const half_t* const weights = run.weights(place.stage) + member * 2;
@@ -557,8 +527,8 @@ DEVICE void sum(const Run& run, half_t* out, half_t* partial_out, const float2* 
                         const half2_t bias = bias_of(scale);
 #pragma unroll
                         for (int b = 0; b < 2; b++) {
-                            a[b][k * 2] = bytes_to_halves(pairs[b * 2 + k], 0x4240, exponents, scale, bias);
-                            a[b][k * 2 + 1] = bytes_to_halves(pairs[b * 2 + k], 0x4341, exponents, scale, bias);
+                            a[b][k * 2] = bytes_to_halves(pairs[b * 2 + k], 0x4240, scale, bias);
+                            a[b][k * 2 + 1] = bytes_to_halves(pairs[b * 2 + k], 0x4341, scale, bias);
                         }
                     }
                 } else {
@@ -632,7 +602,6 @@ latent_attention_sm90(const __grid_constant__ TensorMap states_map,
     // heads that the model does not have weigh nothing
     for (int i = threadIdx.x; i < STAGES * PADDED_HEADS * WEIGHT_PITCH; i += THREADS) run.weights(0)[i] = 0;
     for (int i = threadIdx.x; i < 2 * STAGES * PADDED_HEADS; i += THREADS) run.rescales(0)[i] = 1.0f;
-    for (int i = threadIdx.x; i < STAGES * SCORE_WARPS; i += THREADS) run.grown(0)[i] = 0;
     __syncthreads();
 
     auto load = [&](int index, int stage) {
@@ -645,10 +614,10 @@ latent_attention_sm90(const __grid_constant__ TensorMap states_map,
 #endif
     };
     if (threadIdx.x < SCORE_WARPS * 32) {
-        registers_give<SCORE_REGISTERS>();
+        registers_take<SCORE_REGISTERS>();
         weigh(run, queries, partial_sums, window_stride, head_stride, scale_log2);
     } else {
-        registers_take<SUM_REGISTERS>();
+        registers_give<SUM_REGISTERS>();
         if (threadIdx.x == SCORE_WARPS * 32)
             for (int i = 0; i < STAGES && run.begin + i < run.end; i++) load(run.begin + i, i);
         __syncwarp();

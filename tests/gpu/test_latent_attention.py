@@ -79,7 +79,7 @@ def test_cuts_of_smaller_cards(cut: Shape) -> None:
         (1280, HopperShape(32, 2)),
         (1280, HopperShape(16, 4)),
         (768, HopperShape(16, 3)),
-        (768, HopperShape(16, 6)),
+        (768, HopperShape(32, 4)),
         (512, HopperShape(64, 2)),
         (512, HopperShape(32, 5)),
         (384, HopperShape(16, 8)),

@@ -107,10 +107,10 @@ def test_a_cut_says_what_it_takes() -> None:
 
 
 def test_a_cut_of_hoppers_kernel_says_what_it_takes() -> None:
-    # to begin at a multiple of 1024, partial scores 2 · 8 · 24 · 36 · 4; of each stage the tile 32 · 1280, scales
-    # 20 · 32 · 2, weights 24 · 40 · 2, rescales and norms 2 · 24 · 4, flags 8 · 4, barriers 3 · 8
-    stage = 40_960 + 1_280 + 1_920 + 192 + 32 + 24
-    assert HopperShape(32, 3).shared_bytes(1280, 8) == 1024 + 55_296 + 3 * stage
+    # to begin at a multiple of 1024, partial scores 2 · 4 · 24 · 36 · 4; of each stage the tile 32 · 1280, scales
+    # 20 · 32 · 2, weights 24 · 40 · 2, rescales and norms 2 · 24 · 4, flags 4 · 4, barriers 3 · 8
+    stage = 40_960 + 1_280 + 1_920 + 192 + 16 + 24
+    assert HopperShape(32, 4).shared_bytes(1280, 8) == 1024 + 27_648 + 4 * stage
     # scales of a tile begin at a multiple of 128: 6 · 16 · 2 take 256
-    stage = 16 * 384 + 256 + 384 + 64 + 32 + 24
-    assert HopperShape(16, 2).shared_bytes(384, 8) == 1024 + 2 * 8 * 8 * 20 * 4 + 2 * stage
+    stage = 16 * 384 + 256 + 384 + 64 + 16 + 24
+    assert HopperShape(16, 2).shared_bytes(384, 8) == 1024 + 2 * 4 * 8 * 20 * 4 + 2 * stage
