@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import self_attention
 from kernels.compile import Build, build
 from kernels.launch import Kernel
 
@@ -195,6 +197,33 @@ class PersistentStep:
             self._exchange,
         )
         return logits
+
+
+def reference(
+    layers: Sequence[Layer],
+    token_table: Tensor,
+    position_table: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """The same in plain PyTorch, in any one precision of all tensors: logits [slots, n_vocab]."""
+    slots, width = len(tokens), token_table.shape[1]
+    x = token_table[tokens.long()] + position_table[positions.long().clamp(max=len(position_table) - 1)]
+    for layer in layers:
+        y = F.layer_norm(x, (width,), layer.self_norm_weight, layer.self_norm_bias)
+        qkv = F.linear(y, layer.qkv_weight, layer.qkv_bias)
+        mixed = self_attention.reference(qkv, layer.self_keys[:slots], layer.self_values[:slots], positions)
+        x = x + F.linear(mixed, layer.self_out_weight, layer.self_out_bias)
+        y = F.layer_norm(x, (width,), layer.cross_norm_weight, layer.cross_norm_bias)
+        query = F.linear(y, layer.query_weight, layer.query_bias).view(slots, -1, 1, HEAD)
+        mixed = F.scaled_dot_product_attention(query, layer.cross_keys[:slots], layer.cross_values[:slots])
+        x = x + F.linear(mixed.reshape(slots, width), layer.cross_out_weight, layer.cross_out_bias)
+        y = F.layer_norm(x, (width,), layer.mlp_norm_weight, layer.mlp_norm_bias)
+        y = F.gelu(F.linear(y, layer.up_weight, layer.up_bias))
+        x = x + F.linear(y, layer.down_weight, layer.down_bias)
+    return F.linear(F.layer_norm(x, (width,), norm_weight, norm_bias), token_table)
 
 
 BUILDS = tuple(persistent_build(width, slots) for width in WIDTHS for slots in SLOTS)

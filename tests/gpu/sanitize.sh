@@ -12,7 +12,7 @@ folder=$(realpath -m "${1:-${TMPDIR:-/tmp}/sanitize}"); shift || true
 tools=("${@:-memcheck racecheck synccheck}")
 kernels=(add_layer_norm bias_gelu embed encoder_attention latent_attention linear log_mel next_token persistent_step self_attention)
 mkdir -p "$folder"
-tests=${TESTS:-embedding encoder_attention gelu latent_attention layer_norm linear log_mel next_token self_attention decoder}
+tests=${TESTS:-embedding encoder_attention gelu latent_attention layer_norm linear log_mel next_token self_attention persistent_step decoder}
 # barriers of a block: the tools count the places in the code where one is made, and latent attention makes its own, one for
 # each warp and stage, in one place. Past their count they break the kernel that they look at.
 export BARRIERS=128
