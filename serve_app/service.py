@@ -27,13 +27,14 @@ from serve_app.batching.handle import BatchingHandle
 from serve_app.batching.messages import InputLost, StageWindow
 from serve_app.engine.constants import SAMPLE_RATE, WINDOW_SAMPLES
 from serve_app.engine.fallback import MAX_NO_SPEECH_PROB, DecodedWindow, is_sparse
+from serve_app.engine.memory import MOST_WINDOWS
 from serve_app.engine.options import DecodeOptions, TranscribeOptions
 from serve_app.engine.tokens import Tokens
 from serve_app.engine.transcript import Segment, Transcript, assemble, window_segments
 from serve_app.errors import DeadlineExceeded, InvalidRequest, Overloaded, ServiceError, TranscriptionFailed
 from serve_app.scaling.readings import CallerReading
 from serve_app.scaling.signals import PERIOD_S, Arrivals
-from serve_app.settings import Settings, known
+from serve_app.settings import Settings
 from serve_app.stages.decoder import ModelInfo
 from serve_app.stages.observed import replica_name
 from serve_app.stages.ring import RingDescriptor
@@ -56,7 +57,7 @@ class Transcriber:
         self._features = BatchingHandle(
             stages["features"], credit=2 * max(1, settings.features.budget_samples // WINDOW_SAMPLES)
         )
-        self._encoder = BatchingHandle(stages["encoder"], credit=2 * known(settings.encoder.budget_windows))
+        self._encoder = BatchingHandle(stages["encoder"], credit=2 * (settings.encoder.budget_windows or MOST_WINDOWS))
         self._decoder = BatchingHandle(stages["decoder"], credit=model.slots + max(1, model.slots // 2))
         self._stages = {"features": self._features, "encoder": self._encoder, "decoder": self._decoder}
         self._observing: asyncio.Task[None] | None = None

@@ -133,7 +133,8 @@ class EncoderSettings(BatchStageSettings):
     budget_windows: int | None = Field(
         None,
         ge=1,
-        description="windows in one batch: each is 1,500 positions whatever its speech; by default 4, on a GPU 16",
+        description="windows in one batch: each is 1,500 positions whatever its speech; by default 4, on a GPU as many "
+        "as its memory holds, up to 32",
     )
 
 
@@ -220,15 +221,15 @@ class Settings(BaseSettings):
         return self
 
     def filled(self, *, on_gpu: bool) -> Settings:
-        """With the defaults that depend on where the stages run. The decoder's slots on a GPU stay open until a replica
-        knows its GPU's memory."""
+        """With the defaults that depend on where the stages run. The decoder's slots and the encoder's batch on a GPU
+        stay open until a replica knows its GPU's memory."""
         if self.decoder.state_bits == 8 and not on_gpu:
             raise ValueError("decoder.state_bits is 8, which needs a GPU: there is none")
         shares = {"features": 0.1, "encoder": 0.4, "decoder": 0.5}
         defaults: dict[str, dict[str, object]] = {
             name: {"num_gpus": share if on_gpu else 0.0} for name, share in shares.items()
         }
-        defaults["encoder"]["budget_windows"] = 16 if on_gpu else 4
+        defaults["encoder"]["budget_windows"] = None if on_gpu else 4
         defaults["decoder"]["slots"] = None if on_gpu else 16
         cores = len(os.sched_getaffinity(0))
         defaults["http"] = {"replicas": max(1, min(MOST_API_REPLICAS, cores * 3 // 4)) if on_gpu else 1}

@@ -63,7 +63,7 @@ def test_a_config_file_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyP
 def test_defaults_that_depend_on_the_machine_are_filled_in() -> None:
     cpu, gpu = Settings().filled(on_gpu=False), Settings().filled(on_gpu=True)
     assert (cpu.decoder.slots, cpu.decoder.num_gpus, cpu.encoder.budget_windows) == (16, 0.0, 4)
-    assert (gpu.decoder.slots, gpu.decoder.num_gpus, gpu.encoder.budget_windows) == (None, 0.5, 16)
+    assert (gpu.decoder.slots, gpu.decoder.num_gpus, gpu.encoder.budget_windows) == (None, 0.5, None)
     assert sum(stage.num_gpus or 0 for stage in (gpu.features, gpu.encoder, gpu.decoder)) == 1.0
 
 

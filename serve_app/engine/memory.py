@@ -24,6 +24,9 @@ CONTEXT_BYTES = 1 * GiB
 MOST_SLOTS = 256
 """Beyond this the weights, which a step reads once for all slots, are a small part of what it reads."""
 
+MOST_WINDOWS = 32
+"""Of an encoder's batch: larger ones are hardly faster, and keep the GPU's other stages waiting for longer."""
+
 WAIT_S = 120.0
 """How long a starting replica waits for the memory of the one before it, whose process may still be ending."""
 
@@ -87,6 +90,27 @@ def encoder_bytes(dims: Dims, number: int, windows: int, ring_windows: int, queu
     activations = 2 * windows * dims.n_audio_ctx * d * (4 + number * (1 + 3 + 1 + 4 + 2 + 2))
     waiting = ring_windows * state_bytes(dims, number) + queued * features_of_window_bytes(dims, number)
     return CONTEXT_BYTES + weights + activations + waiting
+
+
+def plan_windows(
+    dims: Dims, number: int, share_bytes: int, ring_windows: int, queued: int, wanted: int | None = None
+) -> int:
+    """How many windows an encoder's batch has in its share: those wanted, or as many as fit, a power of two. OutOfShare
+    where they do not fit."""
+
+    def need(windows: int) -> int:
+        return encoder_bytes(dims, number, windows, ring_windows, queued)
+
+    windows = wanted or MOST_WINDOWS
+    while wanted is None and windows > 1 and need(windows) > share_bytes:
+        windows //= 2
+    if need(windows) > share_bytes:
+        raise OutOfShare(
+            f"an encoder with batches of {windows} windows needs {need(windows) / GiB:.1f} GiB of GPU memory, its "
+            f"share is {share_bytes / GiB:.1f} GiB: raise encoder.num_gpus or encoder.memory_gib, or lower "
+            "encoder.budget_windows, encoder.ring_windows or encoder.max_queued_windows"
+        )
+    return windows
 
 
 def features_bytes(dims: Dims, number: int, windows: int, ring_windows: int) -> int:

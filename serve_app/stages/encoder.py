@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from serve_app.engine import memory, work
-from serve_app.engine.checkpoint import load
+from serve_app.engine.checkpoint import Dims, load
 from serve_app.engine.constants import WINDOW_SECONDS
 from serve_app.engine.encoder import Encoder
 from serve_app.engine.precision import Compute
-from serve_app.settings import Settings, known
+from serve_app.settings import EncoderSettings, Settings, known
 from serve_app.stages.replica import BatchStage
 from serve_app.stages.threads import use_threads
 from serve_app.stages.transport import Exporter, Input, received_tensor
@@ -26,15 +26,9 @@ class EncoderStage(BatchStage):
         super().__init__(settings.encoder, compute.device)
         use_threads(settings.encoder.threads)
         stage, checkpoint = settings.encoder, load(settings.model.source)
-        windows = known(stage.budget_windows)
+        windows = _plan_windows(stage, checkpoint.dims, compute)
         self._follow_load(settings.feedback, self.bounds(settings.feedback, least=1, most=windows))
         self.operations = work.encoder_operations(checkpoint.dims)
-        if compute.device.type == "cuda":
-            share = memory.share_of(compute.device, known(stage.num_gpus), stage.memory_gib)
-            need = memory.encoder_bytes(
-                checkpoint.dims, compute.dtype.itemsize, windows, stage.ring_windows, stage.max_queued_windows
-            )
-            memory.take_share(compute.device, share, need, what=f"an encoder with batches of {windows} windows")
         self.export = Exporter(compute.device, stage.ring_windows)
         self._encoder = Encoder(checkpoint, compute, full=windows)
         self._begin_observing(self._full_batch)
@@ -54,3 +48,15 @@ class EncoderStage(BatchStage):
             for features in map(received_tensor, inputs)
         ]
         return self._encoder(torch.stack(log_mel))
+
+
+def _plan_windows(stage: EncoderSettings, dims: Dims, compute: Compute) -> int:
+    """Of a batch, at most; on a GPU this takes the memory for them."""
+    if compute.device.type == "cpu":
+        return known(stage.budget_windows)
+    share = memory.share_of(compute.device, known(stage.num_gpus), stage.memory_gib)
+    number, waiting = compute.dtype.itemsize, (stage.ring_windows, stage.max_queued_windows)
+    windows = memory.plan_windows(dims, number, share, *waiting, wanted=stage.budget_windows)
+    need = memory.encoder_bytes(dims, number, windows, *waiting)
+    memory.take_share(compute.device, share, need, what=f"an encoder with batches of {windows} windows")
+    return windows

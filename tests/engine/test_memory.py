@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 from serve_app.engine.checkpoint import Dims
 from serve_app.engine.memory import (
     MOST_SLOTS,
+    MOST_WINDOWS,
     GiB,
     OutOfShare,
     decoder_bytes,
     encoder_bytes,
     features_bytes,
     plan_slots,
+    plan_windows,
     slot_bytes,
 )
 
@@ -53,6 +55,26 @@ def test_wanted_slots_are_had_or_refused_with_what_they_need() -> None:
 
 
 def test_the_other_stages_fit_their_default_shares_of_an_80_gb_card() -> None:
-    assert encoder_bytes(LARGE, 2, 16, 64, 256) < 0.4 * 79 * GiB
+    assert encoder_bytes(LARGE, 2, MOST_WINDOWS, 64, 256) < 0.4 * 79 * GiB
     assert features_bytes(LARGE, 2, 16, 64) < 0.1 * 79 * GiB
     assert encoder_bytes(LARGE, 2, 32, 64, 256) > encoder_bytes(LARGE, 2, 16, 64, 256)
+
+
+@given(share_gib=st.floats(0.1, 20), dims=st.sampled_from([LARGE, BASE]))
+def test_planned_windows_fit_and_twice_as_many_would_not(share_gib: float, dims: Dims) -> None:
+    share = int(share_gib * GiB)
+    try:
+        windows = plan_windows(dims, 2, share, 64, 256)
+    except OutOfShare:
+        assert encoder_bytes(dims, 2, 1, 64, 256) > share
+        return
+    assert encoder_bytes(dims, 2, windows, 64, 256) <= share
+    assert windows == MOST_WINDOWS or encoder_bytes(dims, 2, 2 * windows, 64, 256) > share
+
+
+def test_wanted_windows_are_had_or_refused_with_what_they_need() -> None:
+    assert plan_windows(LARGE, 2, 40 * GiB, 64, 256, 48) == 48
+    with pytest.raises(OutOfShare, match=r"batches of 32 windows needs 6\.0 GiB .*, its share is 5\.0 GiB"):
+        plan_windows(LARGE, 2, 5 * GiB, 64, 256, 32)
+    with pytest.raises(OutOfShare, match="batches of 1 windows needs"):
+        plan_windows(LARGE, 2, 1 * GiB, 64, 256)
