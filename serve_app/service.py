@@ -280,7 +280,7 @@ class _Recording:
 
     def _seed(self, window: Window) -> int:
         """Who asks for a temperature wants variety; the fallback's sampling repeats for the same sound."""
-        return random.getrandbits(32) if self._options.temperature > 0 else zlib.crc32(window.samples.tobytes())
+        return random.getrandbits(32) if self._options.temperature > 0 else zlib.crc32(window.samples)
 
 
 def _outcome(error: ServiceError) -> str:

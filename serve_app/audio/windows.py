@@ -101,7 +101,7 @@ class WindowCutter:
         self._pad = _frames(settings.pad_s)
         self._max_pause = _frames(settings.max_pause_s)
 
-        self._samples: Int16 = np.zeros(0, np.int16)
+        self._portions: list[Int16] = [np.zeros(0, np.int16)]  # what is held, joined where a window is taken from it
         self._dropped = 0  # frames before the first held
         self._total = 0  # samples taken
         self._frame = 0  # frames judged
@@ -146,8 +146,13 @@ class WindowCutter:
         return self._give()
 
     def _take(self, samples: Int16) -> None:
-        self._samples = np.concatenate([self._samples, samples])
+        self._portions.append(samples)
         self._total += len(samples)
+
+    def _held(self) -> Int16:
+        if len(self._portions) > 1:
+            self._portions = [np.concatenate(self._portions)]
+        return self._portions[0]
 
     def _judge(self, probability: float) -> None:
         now = self._frame
@@ -227,14 +232,17 @@ class WindowCutter:
             self._stretch = None
 
     def _give(self) -> list[Window]:
-        windows = []
+        if not self._cut:
+            return []
+        windows, held = [], self._held()
         for span, spoken in self._cut:
             first, last = (frame * FRAME_SAMPLES for frame in (span.begin - self._dropped, span.end - self._dropped))
+            samples = held[first:last]
             windows.append(
                 Window(
                     index=self._index,
                     start=_seconds(span.begin),
-                    samples=self._samples[first:last].copy(),  # a view would keep all that is held
+                    samples=samples if len(samples) == len(held) else samples.copy(),  # a view would keep all
                     speech=tuple((_seconds(s.begin - span.begin), _seconds(s.end - span.begin)) for s in spoken),
                 )
             )
@@ -250,9 +258,10 @@ class WindowCutter:
             next_speech = self._frame if self._stretch is None else self._stretch.begin
             needed = max(self._previous_end, next_speech - self._pad)
         count = max(0, needed - self._dropped)
-        self._samples = self._samples[count * FRAME_SAMPLES :]
-        del self._probabilities[:count]
-        self._dropped += count
+        if count:
+            self._portions = [self._held()[count * FRAME_SAMPLES :].copy()]
+            del self._probabilities[:count]
+            self._dropped += count
 
 
 def _seconds(frames: int) -> float:
