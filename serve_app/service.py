@@ -38,7 +38,7 @@ from serve_app.settings import Settings
 from serve_app.stages.decoder import ModelInfo
 from serve_app.stages.observed import replica_name
 from serve_app.stages.ring import RingDescriptor
-from serve_app.stages.transport import Descriptor, export_samples
+from serve_app.stages.transport import Sent
 
 logger = logging.getLogger(__name__)
 
@@ -242,12 +242,10 @@ class _Recording:
 
     async def _through_stages(self, window: Window, prompt: str | None) -> DecodedWindow:
         first = window.index == 0
-        samples = export_samples(window.samples)
         t = self._t
         t._arrivals.add(len(window.samples) / SAMPLE_RATE)
-        work = self._work(window, samples, cost=len(window.samples), consumers=t._encoder.gpus)
+        work = self._work(window, window.samples, cost=len(window.samples), consumers=t._encoder.gpus)
         features = await t._features.call(work)
-        del samples, work
         work = self._work(window, features, cost=1, consumers=t._decoder.gpus)
         state = await t._encoder.call(work)
         del features, work
@@ -260,7 +258,7 @@ class _Recording:
     def _work(
         self,
         window: Window,
-        descriptor: Descriptor,
+        sent: Sent,
         *,
         cost: float,
         options: DecodeOptions | None = None,
@@ -268,19 +266,19 @@ class _Recording:
     ) -> StageWindow:
         return StageWindow(
             window_id=f"{self._id}/{window.start:.2f}+{len(window.samples)}",
-            input=descriptor,
+            input=sent,
             cost=cost,
             deadline=self._deadline,
             priority=self._options.priority,
             seconds=len(window.samples) / SAMPLE_RATE,
             options=options,
-            gpu=descriptor.gpu if isinstance(descriptor, RingDescriptor) else None,
+            gpu=sent.gpu if isinstance(sent, RingDescriptor) else None,
             consumers=consumers,
         )
 
     def _seed(self, window: Window) -> int:
         """Who asks for a temperature wants variety; the fallback's sampling repeats for the same sound."""
-        return random.getrandbits(32) if self._options.temperature > 0 else zlib.crc32(window.samples)
+        return random.getrandbits(32) if self._options.temperature > 0 else zlib.crc32(window.samples.data)
 
 
 def _outcome(error: ServiceError) -> str:

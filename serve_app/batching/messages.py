@@ -12,7 +12,7 @@ from serve_app.engine.options import DecodeOptions, Priority
 class StageWindow:
     """One window's work for one stage.
 
-    window_id: unique among all windows under way. input: descriptor of the tensor that the stage works on
+    window_id: unique among all windows under way. input: what the stage works on: samples, or a tensor's descriptor
     (``stages.transport``). cost: in the stage's own unit. deadline: seconds since the epoch, since it crosses machines.
     seconds: of audio in it. options: how to decode, for the decoder. alone: share no batch. gpu: the GPU in whose
     memory the input lies; only replicas there can take it. consumers: GPUs on which the next stage has replicas.

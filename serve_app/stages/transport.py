@@ -1,5 +1,8 @@
 """How tensors get from one stage to the next: descriptors travel through calls, the tensors beside them.
 
+Samples, which no stage has made, travel in the call itself: a reference of their own would cost its owner and its
+borrower messages, and whoever sends them again still has them.
+
 Between replicas on one GPU they go through a ring in its memory (``stages.ring``); else through Ray's object store:
 written once by the producer, mapped read-only by a consumer on the same machine, copied once to another. The producer
 owns them either way, so that they are lost with it (``InputLost``).
@@ -42,17 +45,14 @@ class StoredDescriptor:
 
 
 Descriptor = StoredDescriptor | RingDescriptor
+Sent = Descriptor | Array
+"""What a call carries of an input: its name, or samples."""
 
 
 def export(tensor: Tensor) -> StoredDescriptor:
     """Puts a tensor into the object store; blocks for the copy. NumPy has no bfloat16: those bits travel as int16."""
     host = tensor.detach().cpu().contiguous()
     return StoredDescriptor(ray.put((host.view(torch.int16) if host.dtype == torch.bfloat16 else host).numpy()))
-
-
-def export_samples(samples: Array) -> StoredDescriptor:
-    """Puts int16 samples into the object store."""
-    return StoredDescriptor(ray.put(samples))
 
 
 KEPT_S = 10.0
@@ -130,13 +130,16 @@ class Receiver:
         self._in_rings: deque[tuple[RingDescriptor, concurrent.futures.Future[Input | InputLost]]] = deque()
         self._fetches: set[asyncio.Task[None]] = set()
 
-    def __call__(self, descriptor: Descriptor) -> Incoming:
-        """Fetches what the descriptor names; on the event loop."""
+    def __call__(self, sent: Sent) -> Incoming:
+        """Fetches what a descriptor names; on the event loop."""
         future: concurrent.futures.Future[Input | InputLost] = concurrent.futures.Future()
-        if isinstance(descriptor, RingDescriptor):
-            self._in_rings.append((descriptor, future))
+        if isinstance(sent, RingDescriptor):
+            self._in_rings.append((sent, future))
             return Incoming(future, in_ring=True)
-        fetch = asyncio.get_running_loop().create_task(_fetch(descriptor, future))
+        if isinstance(sent, np.ndarray):
+            future.set_result(sent)
+            return Incoming(future, in_ring=False)
+        fetch = asyncio.get_running_loop().create_task(_fetch(sent, future))
         self._fetches.add(fetch)
         fetch.add_done_callback(self._fetches.discard)
         return Incoming(future, in_ring=False)

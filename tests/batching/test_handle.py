@@ -22,7 +22,6 @@ from serve_app.batching.messages import StageWindow
 from serve_app.batching.router import StageRouter
 from serve_app.errors import DeadlineExceeded, TranscriptionFailed
 from serve_app.stages.replica import Occupancy
-from serve_app.stages.transport import export_samples
 from tests.batching.obedient import ENDS, HOLDS, RAISES, ObedientStage
 
 Stage = DeploymentHandle[Any]
@@ -79,8 +78,7 @@ async def connect(stage: DeploymentHandle[Any], *, credit: int = 8) -> BatchingH
 
 def window(order: float, *, timeout: float = 240, **fields: Any) -> StageWindow:
     """A window whose work is to sleep for ``order`` seconds (or another order of ``ObedientStage``)."""
-    descriptor = export_samples(np.array([order]))
-    return StageWindow(uuid.uuid4().hex, descriptor, 1.0, time.time() + timeout, **fields)
+    return StageWindow(uuid.uuid4().hex, np.array([order]), 1.0, time.time() + timeout, **fields)
 
 
 async def until(stage: Stage, *, waiting: int, running: int) -> None:

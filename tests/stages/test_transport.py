@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -63,3 +64,11 @@ def test_an_input_that_does_not_come_is_lost(ray_cluster: int, monkeypatch: pyte
     finally:
         ray.cancel(pending, force=True)
     assert [isinstance(each, InputLost) for each in inputs] == [True, False, True]
+
+
+def test_samples_are_at_hand_as_they_come() -> None:
+    samples = np.arange(3, dtype=np.int16)
+    incoming = Receiver(torch.device("cpu"))(samples)
+    assert incoming.is_at_hand
+    assert not incoming.in_ring
+    assert incoming.future.result(timeout=0) is samples
