@@ -1,8 +1,8 @@
 """The adaptive batching handle: a caller's side of a stage.
 
 Windows are sent against credits: each replica takes one batch to run and one to wait. While credit lasts a window
-leaves at once; while the stage is busy windows gather here, and leave together, most urgent first, when credit returns.
-The order *within* a replica is decided there, once (``batching.planner``).
+leaves at once; while the stage is busy windows gather here, and leave together, most urgent first, when some credit has
+returned. The order *within* a replica is decided there, once (``batching.planner``).
 
 Transcription is pure, so a call whose replica dies, or that breaks off in any other way, is sent again. Each of its
 windows might be the reason: it runs alone from then on, and if it is running at a second death it ends in an error
@@ -38,6 +38,11 @@ MAX_DEATHS = 2
 ATTEMPT = "~"
 """Between a window's name and how often it was tried before."""
 
+GATHERED = 8
+"""A replica whose credit was used up gets windows again, but for interactive ones, when credit for so many has
+returned, or a quarter of it. It still has work meanwhile, and a call costs each side some milliseconds of CPU, however
+many windows are in it; of many callers each has but one or two windows in a batch."""
+
 REFUSED_PAUSE_S = 0.2
 """How long a replica that refused windows, or broke off a call, is left alone."""
 DEAD_PAUSE_S = 5.0
@@ -71,6 +76,7 @@ class _Replica:
     """What this caller has sent to a replica and not had back."""
 
     holds: dict[str, _Pending] = field(default_factory=dict)
+    full: bool = False  # it had no credit left, and too little has returned since
     closed_until: float = 0.0
     asked: bool = False
     gpu: str | None = None
@@ -201,7 +207,7 @@ class BatchingHandle:
                     lost = f"no replica of the {self._stage} stage is left on the GPU"
                     pending.result.set_exception(InputLost(lost))
                 continue
-            replica_id = self._most_credit(gpu)
+            replica_id = self._most_credit(pending.window)
             if replica_id is None:
                 left.append(pending)
                 continue
@@ -216,15 +222,25 @@ class BatchingHandle:
         for replica_id, batch in batches.items():
             self._spawn(self._run(replica_id, batch))
 
-    def _most_credit(self, gpu: str | None) -> str | None:
-        """The replica, on that GPU if it matters, with the most credit, if it has any."""
-        now = time.time()
+    def _most_credit(self, window: StageWindow) -> str | None:
+        """The replica, on the window's GPU if that matters, with the most credit, if one shall have windows now."""
+        now, gpu = time.time(), window.gpu
         live = LIVE_REPLICAS.of(self._key)
         usable = [r for r in live if self._replicas[r].closed_until <= now and gpu in (None, self._replicas[r].gpu)]
-        best = min(usable, key=lambda r: len(self._replicas[r].holds), default=None)
-        if best is None or len(self._replicas[best].holds) >= self._credit:
-            return None
-        return best
+        urgent = window.priority == "interactive"
+        return min(
+            (r for r in usable if self._takes(self._replicas[r], urgent=urgent)),
+            key=lambda r: len(self._replicas[r].holds),
+            default=None,
+        )
+
+    def _takes(self, replica: _Replica, *, urgent: bool) -> bool:
+        left = self._credit - len(replica.holds)
+        if left <= 0:
+            replica.full = True
+        elif left >= min(GATHERED, self._credit // 4):
+            replica.full = False
+        return left > 0 and (urgent or not replica.full)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         # NOTES: an empty context. Serve ties calls to the request in whose context they are made and cancels them with

@@ -136,6 +136,30 @@ async def test_windows_beyond_the_credit_wait_at_the_caller_and_all_are_done(sta
     assert len(await asyncio.gather(first, *calls)) == 12
 
 
+async def test_windows_gather_at_the_caller_until_some_credit_has_returned(stage: Stage) -> None:
+    handle = await connect(stage, credit=16)
+    first = await busy(stage, handle)
+    calls = [asyncio.create_task(handle.call(window(HOLDS))) for _ in range(15)]
+    await until(stage, waiting=15, running=1)
+    waits = asyncio.create_task(handle.call(window(0.0)))
+    await asyncio.sleep(0)
+    assert handle.waiting().windows == 1
+    await release(stage)  # one window ends, four begin
+    await first
+    await until(stage, waiting=11, running=4)
+    assert handle.waiting().windows == 1  # credit for one has returned: not enough
+    urgent = asyncio.create_task(handle.call(window(0.0, priority="interactive")))
+    await until(stage, waiting=12, running=4)
+    assert handle.waiting().windows == 1
+    await release(stage)  # four windows end, and four begin
+    await until(stage, waiting=9, running=4)
+    assert handle.waiting().windows == 0
+    async with asyncio.timeout(120):
+        while not all(call.done() for call in (*calls, waits, urgent)):
+            await release(stage)
+            await asyncio.sleep(0.05)
+
+
 async def test_an_urgent_window_overtakes_in_the_replicas_queue(stage: Stage) -> None:
     handle = await connect(stage, credit=32)
     order: list[str] = []
