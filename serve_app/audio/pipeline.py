@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import numpy as np
 
-from serve_app.audio.samples import FRAME_SAMPLES, Int16
+from serve_app.audio.samples import FRAME_SAMPLES, Float32, Int16
 from serve_app.audio.vad import SpeechDetector
 from serve_app.audio.windows import Window, WindowCutter
 from serve_app.settings import VadSettings
@@ -45,11 +45,16 @@ class Windows:
         await self._blocks.aclose()
 
     async def _iterate(self) -> AsyncGenerator[Window, None]:
+        incomplete: Float32 = np.zeros(0, np.float32)
         async with aclosing(self._blocks):
             async for portion in _portions(self._blocks):
-                for window in self._cutter.push(portion, await asyncio.wrap_future(self._stream.push(portion))):
+                last = len(portion) < PORTION_SAMPLES  # a frame by itself would cost as much as twenty of a portion
+                probabilities = await asyncio.wrap_future(self._stream.push(portion, last=last))
+                whole = len(portion) // FRAME_SAMPLES
+                incomplete = probabilities[whole:]
+                for window in self._cutter.push(portion, probabilities[:whole]):
                     yield window
-            for window in self._cutter.finish(await asyncio.wrap_future(self._stream.flush())):
+            for window in self._cutter.finish(incomplete):
                 yield window
 
 

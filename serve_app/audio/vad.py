@@ -63,8 +63,8 @@ class SileroNetwork(nn.Module):
     def _encode(self, frames: Tensor) -> Tensor:
         mirrored = frames[:, -CONTEXT_SAMPLES - 1 : -1].flip(1)  # what F.pad calls reflect, in a sixth of its time
         windows = torch.cat([frames, mirrored], 1).unfold(1, WINDOW_SAMPLES, WINDOW_SAMPLES // 2) * self.window
-        spectrum = torch.fft.rfft(windows)
-        x: Tensor = (spectrum.real * spectrum.real).addcmul_(spectrum.imag, spectrum.imag).sqrt_()  # abs() is slow
+        squares = torch.view_as_real(torch.fft.rfft(windows)).square_()
+        x: Tensor = (squares[..., 0] + squares[..., 1]).sqrt_()  # abs() takes four times as long
         for layer in self.encoder:
             x = layer(x)
         return x[:, 0]
@@ -192,18 +192,15 @@ class SpeechStream:
         self._rest = np.zeros(CONTEXT_SAMPLES, np.int16)  # with the end of the frame before
         self._place, self._frames = detector.place(), 0  # that it has had in this place
 
-    def push(self, samples: Int16) -> Future[Float32]:
-        """Takes int16 [n] at 16 kHz, gives the probabilities [m] of the frames completed."""
+    def push(self, samples: Int16, *, last: bool = False) -> Future[Float32]:
+        """Takes int16 [n] at 16 kHz, gives the probabilities [m] of the frames completed. last: nothing follows; an
+        incomplete frame is completed with silence."""
         samples = np.concatenate([self._rest, samples])
+        if last:
+            samples = np.pad(samples, (0, -(len(samples) - CONTEXT_SAMPLES) % FRAME_SAMPLES))
         whole = (len(samples) - CONTEXT_SAMPLES) // FRAME_SAMPLES * FRAME_SAMPLES
         self._rest = samples[whole:].copy()  # a view would keep all
         return self._submit(samples[: CONTEXT_SAMPLES + whole])
-
-    def flush(self) -> Future[Float32]:
-        """The probability of the last, incomplete frame, as if silence followed: [1], or [0] if there is none."""
-        rest = np.pad(self._rest, (0, -(len(self._rest) - CONTEXT_SAMPLES) % FRAME_SAMPLES))
-        self._rest = self._rest[:CONTEXT_SAMPLES]
-        return self._submit(rest)
 
     def _submit(self, samples: Int16) -> Future[Float32]:
         result: Future[Float32] = Future()

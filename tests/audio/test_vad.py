@@ -33,7 +33,7 @@ def probabilities(
 ) -> npt.NDArray[np.float32]:
     stream = detector.stream()
     parts = [stream.push(part).result() for part in np.array_split(samples, portions)]
-    return np.concatenate([*parts, stream.flush().result()])
+    return np.concatenate([*parts, stream.push(np.zeros(0, np.int16), last=True).result()])
 
 
 def as_silero_does(samples: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]:
