@@ -130,6 +130,8 @@ class FeaturesSettings(BatchStageSettings):
 
 
 class EncoderSettings(BatchStageSettings):
+    # more than other stages: what waits elsewhere for it keeps a place in the features' ring
+    max_queued_windows: int = Field(1024, ge=1, description="windows a replica holds waiting before it refuses more")
     budget_windows: int | None = Field(
         None,
         ge=1,
