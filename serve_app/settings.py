@@ -136,7 +136,7 @@ class EncoderSettings(BatchStageSettings):
         None,
         ge=1,
         description="windows in one batch: each is 1,500 positions whatever its speech; by default 4, on a GPU as many "
-        "as its memory holds, up to 32",
+        "as its memory holds, up to 16",
     )
 
 

@@ -24,8 +24,9 @@ CONTEXT_BYTES = 1 * GiB
 MOST_SLOTS = 256
 """Beyond this the weights, which a step reads once for all slots, are a small part of what it reads."""
 
-MOST_WINDOWS = 32
-"""Of an encoder's batch: larger ones are hardly faster, and keep the GPU's other stages waiting for longer."""
+MOST_WINDOWS = 16
+"""Of an encoder's batch: larger ones are hardly faster, are seldom full, and keep the GPU's other stages waiting for
+longer."""
 
 WAIT_S = 120.0
 """How long a starting replica waits for the memory of the one before it, whose process may still be ending."""
