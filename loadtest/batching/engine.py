@@ -46,7 +46,7 @@ class EngineMachine:
             suppressed=tuple(sorted({*vocabulary.suppressed, vocabulary.end})),
         )
         self.encoder = Encoder(checkpoint, compute)
-        self.decoder = SlotDecoder(checkpoint, compute, slots, rules)
+        self.decoder = SlotDecoder(checkpoint, compute, slots, rules, steps=1)
         generator = torch.Generator().manual_seed(0)
         shape = INPUTS, dims.n_mels, 2 * dims.n_audio_ctx
         noise = torch.randn(shape, generator=generator).mul_(0.3).clamp_(-1.0, 1.5)
@@ -63,11 +63,11 @@ class EngineMachine:
     @property
     def lag(self) -> int:
         """Steps for which a window that has ended holds its slot."""
-        return 1 if self._on_gpu else 0
+        return 2 if self._on_gpu else 0
 
     def begin(self) -> None:
         self.decoder.cancel(self.decoder.window_ids)
-        self.decoder.step()  # reads what was still under way
+        self.decoder.read()  # what was still under way
         self.finish()
         self._running.clear()
         self._encoded = []

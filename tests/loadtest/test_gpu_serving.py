@@ -61,7 +61,9 @@ def test_every_recording_is_one_window_with_speech() -> None:
     for samples in windows:
         cutter = WindowCutter(VadSettings())
         stream = SpeechDetector().stream()
-        found = cutter.push(samples, stream.push(samples).result()) + cutter.finish(stream.flush().result())
+        rest = np.zeros(0, np.int16)
+        found = cutter.push(samples, stream.push(samples).result())
+        found += cutter.finish(stream.push(rest, last=True).result())
         assert [len(window.samples) for window in found] == [480_000]
 
 
