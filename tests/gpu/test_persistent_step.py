@@ -27,48 +27,21 @@ def layer(width: int, slots: int, generator: torch.Generator) -> Layer:
     def normal(*shape: int, scale: float = 1.0, around: float = 0.0) -> Tensor:
         return torch.randn(shape, generator=generator) * scale + around
 
-    def norm() -> tuple[Tensor, Tensor]:
-        return normal(width, scale=0.1, around=1.0), normal(width, scale=0.1)
-
-    def linear(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        return normal(rows, columns, scale=columns**-0.5).half(), normal(rows, scale=0.1).half()
-
-    (self_norm, self_bias), (cross_norm, cross_bias), (mlp_norm, mlp_bias) = norm(), norm(), norm()
-    (qkv, qkv_bias), (out, out_bias), (query, query_bias) = (
-        linear(3 * width, width),
-        linear(width, width),
-        linear(width, width),
-    )
-    (cross, cross_out_bias), (up, up_bias), (down, down_bias) = (
-        linear(width, width),
-        linear(4 * width, width),
-        linear(width, 4 * width),
-    )
-    heads = width // HEAD
-    return Layer(
-        self_norm_weight=self_norm,
-        self_norm_bias=self_bias,
-        qkv_weight=qkv,
-        qkv_bias=qkv_bias,
-        self_out_weight=out,
-        self_out_bias=out_bias,
-        self_keys=normal(slots, CONTEXT, width).half(),
-        self_values=normal(slots, CONTEXT, width).half(),
-        cross_norm_weight=cross_norm,
-        cross_norm_bias=cross_bias,
-        query_weight=query,
-        query_bias=query_bias,
-        cross_keys=normal(slots, heads, ENCODED, HEAD).half(),
-        cross_values=normal(slots, heads, ENCODED, HEAD).half(),
-        cross_out_weight=cross,
-        cross_out_bias=cross_out_bias,
-        mlp_norm_weight=mlp_norm,
-        mlp_norm_bias=mlp_bias,
-        up_weight=up,
-        up_bias=up_bias,
-        down_weight=down,
-        down_bias=down_bias,
-    )
+    products = {"qkv": (3 * width, width), "up": (4 * width, width), "down": (width, 4 * width)}
+    tensors = {}
+    for name in (field.name for field in fields(Layer)):
+        of, _, kind = name.rpartition("_")
+        rows, columns = products.get(of, (width, width))
+        if of.endswith("norm"):
+            tensors[name] = normal(width, scale=0.1, around=float(kind == "weight"))
+        elif kind == "weight":
+            tensors[name] = normal(rows, columns, scale=columns**-0.5).half()
+        elif kind == "bias":
+            tensors[name] = normal(rows, scale=0.1).half()
+        else:
+            shape = (width // HEAD, ENCODED, HEAD) if of == "cross" else (CONTEXT, width)
+            tensors[name] = normal(slots, *shape).half()
+    return Layer(**tensors)
 
 
 def each(of: Layer, **to: torch.dtype | str) -> Layer:
