@@ -46,7 +46,7 @@ class EngineMachine:
             suppressed=tuple(sorted({*vocabulary.suppressed, vocabulary.end})),
         )
         self.encoder = Encoder(checkpoint, compute)
-        self.decoder = SlotDecoder(checkpoint, compute, slots, rules)
+        self.decoder = SlotDecoder(checkpoint, compute, slots, rules, steps=1)
         generator = torch.Generator().manual_seed(0)
         shape = INPUTS, dims.n_mels, 2 * dims.n_audio_ctx
         noise = torch.randn(shape, generator=generator).mul_(0.3).clamp_(-1.0, 1.5)

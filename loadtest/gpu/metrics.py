@@ -116,13 +116,15 @@ class Load:
     def _decode(self, phase: Phase, end: float) -> None:
         slots = self.engine.slots
         while (active := slots.active) and time.time() < end:
+            before = slots.started
             with self.meter.running():
                 finished = slots.step()
-            self.meter.batch(active, active / SLOTS, active * self._of_step)
+            operations = (slots.started - before) * active * self._of_step
+            self.meter.batch(active, active / SLOTS, operations)
             tokens = sum(len(window.tokens) for _, window in finished)
             self.meter.ended("done", audio_s=len(finished) * WINDOW_S, tokens=tokens)
             phase.tokens += tokens
-            self._count(phase, len(finished), active * self._of_step)
+            self._count(phase, len(finished), operations)
 
     def _count(self, phase: Phase, windows: float, operations: float) -> None:
         phase.windows += windows

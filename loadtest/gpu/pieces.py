@@ -38,8 +38,10 @@ def measure(model: str) -> list[Row]:
     for size in STEP_SIZES:
         state = new_state([50258, 50259, 50360, 50364], position=MIDDLE, timestamps=True, temperature=0.0, seed=0)
         states[:size] = torch.tensor([state], dtype=torch.int32, device=device)
-        few = engine.slots.advance_few if size <= engine.slots.decoder.few else None
-        ms = milliseconds(partial(few or engine.slots.advance, size))
+        if engine.slots.advance_few is not None and size <= engine.slots.decoder.few:
+            ms = milliseconds(partial(engine.slots.advance_few, size))
+        else:
+            ms = milliseconds(partial(engine.slots.advance, size)) / engine.slots.steps
         states[:, Field.FINISHED] = 1
         rows.append({"piece": "step", "model": model, "slots": size, "of": SLOTS, "ms": ms})
     return rows

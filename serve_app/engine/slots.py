@@ -1,8 +1,8 @@
 """In-flight batching: windows enter free slots between steps and leave when they end, whatever the others do.
 
-This is the host's side of decoding. It is driven step by step by one thread: ``admit``, ``step``, ``cancel``. The
-device keeps what a step needs of each slot (``kernels.next_token.Field``), so that on a GPU the host starts a step
-before it has seen the last ones' tokens: it looks two steps behind, and the GPU need not wait for it.
+This is the host's side of decoding. It is driven by one thread: ``admit``, ``step``, ``cancel``. The device keeps what
+a step needs of each slot (``kernels.next_token.Field``), so that on a GPU the host starts steps before it has seen the
+last ones' tokens: it looks some behind, and the GPU need not wait for it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from serve_app.engine.precision import Compute
 from serve_app.engine.rules import rules_of
 from serve_app.engine.states import Bits
 from serve_app.engine.tokens import Tokens
+
+LAUNCHED_LAYERS = 16
+"""Of the decoder, in what is launched on a GPU at once: of small models several steps. A step of theirs takes less than
+the host does for a launch and a look, where that must wait for the interpreter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +63,8 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """The slots' states after a step, by row, once they have arrived on the host, and whose they are: slots in their
-    rows then, and their attempts."""
+    """The slots' states after each step of a launch, [steps, slots, fields], once they have arrived on the host, and
+    whose they are: slots in their rows then, and their attempts."""
 
     slots: list[tuple[int, _Slot, int]]
     states: np.ndarray[Any, Any]
@@ -73,9 +77,17 @@ class SlotDecoder:
 
     @torch.inference_mode()
     def __init__(
-        self, checkpoint: Checkpoint, compute: Compute, slots: int, rules: Rules | None = None, *, state_bits: Bits = 16
+        self,
+        checkpoint: Checkpoint,
+        compute: Compute,
+        slots: int,
+        rules: Rules | None = None,
+        *,
+        state_bits: Bits = 16,
+        steps: int | None = None,
     ):
-        """rules: of choosing tokens, where they are not to be Whisper's own. state_bits: as the decoder's."""
+        """rules: of choosing tokens, where they are not to be Whisper's own. state_bits: as the decoder's. steps: that
+        are launched at once; by default one, on a GPU more for a decoder of few layers."""
         self.decoder = Decoder(checkpoint, compute, slots, state_bits)
         self.tokens = Tokens(checkpoint.dims)
         vocabulary = self.tokens.vocabulary
@@ -87,11 +99,15 @@ class SlotDecoder:
         self._again: list[_Slot] = []  # windows that start again with the next step
         self._reports: deque[_Report] = deque()
         self._on_gpu = compute.device.type == "cuda"
+        default = LAUNCHED_LAYERS // checkpoint.dims.n_text_layer if compute.has_kernels else 1
+        self.steps = steps or max(1, default)
+        self.started = 0  # steps so far
+        self._history = self.states.repeat(self.steps, 1, 1)  # the states after each step of a launch
         self._sizes = buckets(slots) if compute.has_kernels else list(range(1, slots + 1))  # of steps
-        self.advance = SizedGraphs(self._step, self._sizes) if compute.has_kernels else self._step
+        self.advance = SizedGraphs(self._advance, self._sizes) if compute.has_kernels else self._advance
         few = [n for n in persistent_step.SLOTS if n <= self.decoder.few]
-        self.advance_few = SizedGraphs(self._step_few, few) if few else None
-        # on a GPU one step is running and the next is waiting while the one before them is read
+        self.advance_few = SizedGraphs(self._advance_few, few) if few else None
+        # on a GPU one step is running and the next is waiting while the one before them is read; or several are running
         self._lag = 2 if self._on_gpu else 0
         self._arrivals = deque(self._arrival() for _ in range(self._lag + 1)) if self._on_gpu else deque()
 
@@ -136,11 +152,14 @@ class SlotDecoder:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[str, DecodedWindow]]:
-        """Advances every occupied slot by one token; returns what has ended."""
-        if self._slots:
-            self._start_step()
-            self._reports.append(self._report())
-        return self._read_all_but(self._lag)
+        """Advances every occupied slot by one token, or as many as steps are launched at once; returns what has
+        ended."""
+        if not self._slots:
+            return self._read_all_but(self._lag)
+        steps = self._start_steps()
+        self.started += steps
+        self._reports.append(self._report(steps))
+        return self._read_all_but(self._lag if steps == 1 else min(self._lag, 1))
 
     def wait(self) -> None:
         """Waits until the device has done all that was started."""
@@ -151,18 +170,20 @@ class SlotDecoder:
         """Reads all steps that were started; returns what has ended. It starts nothing on the device."""
         return self._read_all_but(0)
 
-    def _start_step(self) -> None:
+    def _start_steps(self) -> int:
+        """Launches steps; so many."""
         self._begin([slot for slot in self._again if not slot.released])
         self._again = []
         n = self._close_gaps()
         if self.advance_few is None or n > self.decoder.few:
             self.advance(n)
-            return
+            return self.steps
         for slot in self._slots:
             if not slot.is_ready:
                 self.decoder.ready(slot.row)
                 slot.is_ready = True
         self.advance_few(n)
+        return 1
 
     def _close_gaps(self) -> int:
         """Moves the last rows into free ones where a step of a smaller size then does; so many rows are left."""
@@ -181,23 +202,26 @@ class SlotDecoder:
 
     def _move(self, slot: _Slot, row: int) -> None:
         # steps that were started but not yet read have gone on
-        length = min(slot.position + 1 + len(self._reports), self.decoder.dims.n_text_ctx)
+        ahead = sum(len(report.states) for report in self._reports)
+        length = min(slot.position + 1 + ahead, self.decoder.dims.n_text_ctx)
         self.decoder.move(slot.row, row, length)
         self.states[row].copy_(self.states[slot.row])
         self.states[slot.row, Field.FINISHED] = 1
         self._rows[slot.row], self._rows[row] = None, slot
         slot.row, slot.is_ready = row, False
 
-    def _step_few(self, n: int) -> None:
-        """As ``_step``."""
+    def _advance(self, n: int) -> None:
+        """Steps of the first n slots, on the device."""
         states = self.states[:n]
-        self._choose(self.decoder.step_few(states[:, Field.TOKEN], states[:, Field.POSITION]), states)
+        for after in self._history:
+            self._choose(self.decoder.step(states[:, Field.TOKEN], states[:, Field.POSITION]), states)
+            after.copy_(self.states)
 
-    def _step(self, n: int) -> None:
+    def _advance_few(self, n: int) -> None:
         """One step of the first n slots, on the device."""
         states = self.states[:n]
-        logits = self.decoder.step(states[:, Field.TOKEN], states[:, Field.POSITION])
-        self._choose(logits, states)
+        self._choose(self.decoder.step_few(states[:, Field.TOKEN], states[:, Field.POSITION]), states)
+        self._history[0].copy_(self.states)
 
     def _begin(self, slots: Sequence[_Slot]) -> None:
         """Writes the first states of slots. Their prompts are in the caches already."""
@@ -224,19 +248,19 @@ class SlotDecoder:
         )
 
     def _arrival(self) -> tuple[Tensor, np.ndarray[Any, Any], torch.cuda.Event]:
-        """Where the states of a step arrive on the host, as a tensor and as an array, and the event that tells."""
-        host = torch.empty(self.states.shape, dtype=self.states.dtype, pin_memory=True)
+        """Where the states of a launch arrive on the host, as a tensor and as an array, and the event that tells."""
+        host = torch.empty(self._history.shape, dtype=self._history.dtype, pin_memory=True)
         return host, host.numpy(), torch.cuda.Event(blocking=True)  # who waits for it sleeps
 
-    def _report(self) -> _Report:
+    def _report(self, steps: int) -> _Report:
         slots = [(slot.row, slot, slot.attempt) for slot in self._slots]
         if not self._on_gpu:
-            return _Report(slots, self.states.numpy().copy(), None)
+            return _Report(slots, self._history[:steps].numpy().copy(), None)
         host, array, arrived = self._arrivals[0]
         self._arrivals.rotate(-1)
-        host.copy_(self.states, non_blocking=True)
+        host[:steps].copy_(self._history[:steps], non_blocking=True)
         arrived.record()
-        return _Report(slots, array, arrived)
+        return _Report(slots, array[:steps], arrived)
 
     def _read_all_but(self, lag: int) -> list[tuple[str, DecodedWindow]]:
         done: list[tuple[str, DecodedWindow]] = []
@@ -245,16 +269,20 @@ class SlotDecoder:
         return done
 
     def _read(self, report: _Report) -> list[tuple[str, DecodedWindow]]:
-        """Takes a step's tokens in, and finished windows out of their slots; those that fail the checks start again,
+        """Takes a launch's tokens in, and finished windows out of their slots; those that fail the checks start again,
         hotter."""
         if report.arrived is not None:
             report.arrived.synchronize()
+        return [ended for states in report.states for ended in self._read_step(report.slots, states)]
+
+    def _read_step(
+        self, slots: Sequence[tuple[int, _Slot, int]], states: np.ndarray[Any, Any]
+    ) -> list[tuple[str, DecodedWindow]]:
         done = []
         fields = Field.POSITION, Field.SAMPLED, Field.TOKEN, Field.FINISHED
-        states = report.states[[row for row, _, _ in report.slots]]
+        states = states[[row for row, _, _ in slots]]
         columns = states[:, fields].T.tolist()
-        rows = zip(report.slots, states, *columns, strict=True)
-        for (_, slot, attempt), state, position, sampled, token, finished in rows:
+        for (_, slot, attempt), state, position, sampled, token, finished in zip(slots, states, *columns, strict=True):
             if slot.released or slot.attempt != attempt:
                 continue
             slot.position = position

@@ -126,7 +126,7 @@ class DecoderStage(StageReplica):
             while self._entering or self._slots.active:
                 if self.turns is not None and not self.turns.held:
                     self.turns.take()
-                    self._stint(done, 0.0)  # one step, so that the GPU computes while windows enter
+                    self._stint(done, 0.0)  # so that the GPU computes while windows enter
                 self._enter(loop)
                 self._stint(done, STINT_S)
                 if self._gives_way() or not self._slots.active:
@@ -160,18 +160,19 @@ class DecoderStage(StageReplica):
                 self._slots.admit(tasks)
 
     def _stint(self, done: _Progress, seconds: float) -> None:
-        """Steps of the occupied slots for so long, at least one."""
+        """Steps of the occupied slots for so long, at least one launch."""
         if not self._slots.active:
             return
         ends = time.monotonic() + seconds
         with self.meter.running():
             while active := self._slots.active:
-                began = time.monotonic()
+                began, before = time.monotonic(), self._slots.started
                 done.finished += self._slots.step()
                 now = time.monotonic()
                 done.cost_s += active * (now - began)
                 done.busy_s += now - began
-                self.meter.batch(active, active / self._info.slots, active * self._operations)
+                for _ in range(self._slots.started - before):
+                    self.meter.batch(active, active / self._info.slots, active * self._operations)
                 if now > ends or self._gives_way():
                     break
 
@@ -209,7 +210,7 @@ class DecoderStage(StageReplica):
         state = torch.zeros((dims.n_audio_ctx, dims.n_audio_state), device=compute.device, dtype=compute.dtype)
         options = DecodeOptions(language="en", timestamps=False)
         self._slots.admit([SlotTask(str(i), state, options) for i in range(self._slots.free)])
-        for _ in range(WARM_UP_STEPS):
+        for _ in range(WARM_UP_STEPS // self._slots.steps):
             self._slots.step()
         self._slots.cancel(self._slots.window_ids)
         self._slots.read()

@@ -71,11 +71,16 @@ def test_tokens_equal_openai_whisper_in_batches(
 
 
 @pytest.mark.parametrize("sizes", [[1, 2, 3], [3]], ids=["gaps are closed", "gaps stay, for a step costs the same"])
-@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize(("lag", "steps"), [(0, 1), (1, 1), (2, 1), (0, 3), (2, 4)])
 def test_windows_entering_and_leaving_in_flight_do_not_change_each_other(
-    lag: int, sizes: list[int], tiny: Checkpoint, tiny_states: torch.Tensor, tiny_expected: list[DecodingResult]
+    lag: int,
+    steps: int,
+    sizes: list[int],
+    tiny: Checkpoint,
+    tiny_states: torch.Tensor,
+    tiny_expected: list[DecodingResult],
 ) -> None:
-    decoder = SlotDecoder(tiny, FLOAT32, 3)
+    decoder = SlotDecoder(tiny, FLOAT32, 3, steps=steps)
     decoder._sizes, decoder._lag = sizes, lag  # as on a GPU: a graph for several sizes, read some steps late
     gaps = False
     waiting = list(enumerate(tiny_states))

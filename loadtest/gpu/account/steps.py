@@ -25,7 +25,7 @@ def graphs(setting: Setting) -> list[Comparison]:
     rows = []
     for size in STEP_SIZES:
         taken = []
-        for step in (slots.advance, slots._step):
+        for step in (slots.advance, slots._advance):
             slots.states[:size] = torch.tensor([state], dtype=torch.int32, device=device)
             taken.append(stream_milliseconds(partial(step, size), device))
             slots.states[:, Field.FINISHED] = 1

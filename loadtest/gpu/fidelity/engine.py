@@ -50,7 +50,7 @@ class Engine:
     def __init__(self, checkpoint: Checkpoint, compute: Compute, slots: int, state_bits: Bits = 16):
         self.compute, self.tokens = compute, Tokens(checkpoint.dims)
         self._log_mel, self._encoder = LogMel(checkpoint.dims.n_mels, compute), Encoder(checkpoint, compute)
-        self._slots = SlotDecoder(checkpoint, compute, slots, state_bits=state_bits)
+        self._slots = SlotDecoder(checkpoint, compute, slots, state_bits=state_bits, steps=1)
 
     def encode(self, windows: Sequence[Window]) -> Tensor:
         return self._encoder(self._log_mel([window.samples for window in windows]))
