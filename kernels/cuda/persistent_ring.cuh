@@ -10,7 +10,7 @@ struct Memory {
     const int warp;
     const unsigned long long policy = read_once();
     int at = 0, room = RING;
-    unsigned begun = 0, left = 0, barrier;
+    unsigned begun = 0, left = 0, barrier, bytes;
 
     DEVICE Memory(Shared& shared_, int warp_) : shared(shared_), warp(warp_) {}
 
@@ -20,13 +20,16 @@ struct Memory {
         left++;
     }
 
-    DEVICE void begin(int units, int bytes) {
+    DEVICE void begin(int units) {
         if (begun - left == STAGES) make_room();
         shared.sizes[warp][begun % STAGES] = units;
         barrier = shared_address(&shared.full[begun % STAGES]);
-        if (warp == 0) barrier_expect(barrier, bytes);  // others' bytes may come before it: the barrier waits for this
+        bytes = 0;
         begun++;
     }
+
+    // Some bytes may have come by now: the barrier waits for all that bring some to say how many.
+    DEVICE void end() { barrier_expect(barrier, bytes); }
 
     // ``stride``: from one to the next, in numbers; ``rest``: bytes of the last one
     DEVICE void units(const half_t* from, int count, int stride, int rest = UNIT) {
@@ -38,7 +41,9 @@ struct Memory {
             const half_t* own = from + (long long)warp * stride;
 #pragma unroll 1
             for (int i = warp; i < n; i += MEMORY_WARPS) {
-                copy_bytes(to, own, i + 1 < count ? UNIT : rest, barrier, policy);
+                const int size = i + 1 < count ? UNIT : rest;
+                copy_bytes(to, own, size, barrier, policy);
+                bytes += size;
                 to += MEMORY_WARPS * PITCH;
                 own += (long long)MEMORY_WARPS * stride;
             }
@@ -52,9 +57,10 @@ struct Memory {
     // Rows from the first on; a row's segments lie apart, so that those of neighbouring rows are neighbours.
     template <typename P>
     DEVICE void rows(const half_t* first, int rows) {
-        begin(rows * P::SEGMENTS, rows * P::SEGMENTS * UNIT);
+        begin(rows * P::SEGMENTS);
 #pragma unroll 1
         for (int segment = 0; segment < P::SEGMENTS; segment++) units(first + segment * WIDTH, rows, P::K);
+        end();
     }
 
     template <typename P>
@@ -65,9 +71,10 @@ struct Memory {
 
     DEVICE void positions(const half_t* keys, const half_t* values, int count) {
         const int n = (count + UNIT_POSITIONS - 1) / UNIT_POSITIONS, rest = count * 128 - (n - 1) * UNIT;
-        begin(n * 2, count * 256);
+        begin(n * 2);
         units(keys, n, WIDTH, rest);
         units(values, n, WIDTH, rest);
+        end();
     }
 };
 
@@ -87,8 +94,7 @@ struct Stream {
     }
 
     DEVICE void leave(int units) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&shared.empty[begun % STAGES]));
+        barrier_arrive(shared_address(&shared.empty[begun % STAGES]));
         begun++;
         at += units;
         if (at >= RING) at -= RING;

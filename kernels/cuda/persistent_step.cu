@@ -303,8 +303,8 @@ persistent_step(const Layer* layers, const Small* smalls, int n_layer, const hal
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
-            barrier_init(shared_address(&shared.full[i]), 1);
-            barrier_init(shared_address(&shared.empty[i]), WARPS);
+            barrier_init(shared_address(&shared.full[i]), MEMORY_WARPS);
+            barrier_init(shared_address(&shared.empty[i]), THREADS);
         }
         barrier_init_fence();
         shared.uses = exchange->uses[blockIdx.x];
