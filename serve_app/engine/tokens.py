@@ -33,6 +33,7 @@ class Tokens:
         self._num_languages = dims.num_languages
         self._plain = self._tokenizer(None, "transcribe")
         self.vocabulary = self._vocabulary()
+        self._bytes = [self._plain.encoding.decode_single_token_bytes(t) for t in range(self.vocabulary.end)]
 
     def _tokenizer(self, language: str | None, task: str) -> Tokenizer:
         return get_tokenizer(self.multilingual, num_languages=self._num_languages, language=language, task=task)
@@ -65,8 +66,12 @@ class Tokens:
         return (self.vocabulary.previous, *tokens[-(self.n_text_ctx // 2 - 1) :])
 
     def text(self, tokens: list[int]) -> str:
-        """The text of tokens, without special tokens and timestamps."""
-        return str(self._plain.decode([t for t in tokens if t < self.vocabulary.end]))
+        """The text of tokens, without special tokens and timestamps.
+
+        NOTES: not by tiktoken, which gives the interpreter to another thread meanwhile: the engine's, with a window to
+        end, gets it back late where that is busy, and the GPU waits."""
+        end = self.vocabulary.end
+        return b"".join([self._bytes[t] for t in tokens if t < end]).decode(errors="replace")
 
 
 def language_name(code: str) -> str:
