@@ -151,12 +151,12 @@ class SlotDecoder:
             self.states[slot.row, Field.FINISHED] = 1
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[str, DecodedWindow]]:
+    def step(self, coming: int = 0) -> list[tuple[str, DecodedWindow]]:
         """Advances every occupied slot by one token, or as many as steps are launched at once; returns what has
-        ended."""
+        ended. coming: windows that will be admitted next, for which free rows stay where they are."""
         if not self._slots:
             return self._read_all_but(self._lag)
-        steps = self._start_steps()
+        steps = self._start_steps(coming)
         self.started += steps
         self._reports.append(self._report(steps))
         return self._read_all_but(self._lag if steps == 1 else min(self._lag, 1))
@@ -170,11 +170,11 @@ class SlotDecoder:
         """Reads all steps that were started; returns what has ended. It starts nothing on the device."""
         return self._read_all_but(0)
 
-    def _start_steps(self) -> int:
+    def _start_steps(self, coming: int) -> int:
         """Launches steps; so many."""
         self._begin([slot for slot in self._again if not slot.released])
         self._again = []
-        n = self._close_gaps()
+        n = self._close_gaps(coming)
         if self.advance_few is None or n > self.decoder.few:
             self.advance(n)
             return self.steps
@@ -185,11 +185,12 @@ class SlotDecoder:
         self.advance_few(n)
         return 1
 
-    def _close_gaps(self) -> int:
-        """Moves the last rows into free ones where a step of a smaller size then does; so many rows are left."""
+    def _close_gaps(self, coming: int) -> int:
+        """Moves the last rows into free ones where a step of a smaller size then does, and will with the windows that
+        come; so many rows are left."""
         end = 1 + max(slot.row for slot in self._slots)
-        needed = self._size(len(self._slots))
-        if needed == self._size(end):
+        needed = self._size(min(len(self._slots) + coming, self.decoder.slots))
+        if needed >= self._size(end):
             return end
         free = (row for row in range(needed) if self._rows[row] is None)
         for slot in [slot for slot in self._rows[needed:end] if slot is not None]:

@@ -167,7 +167,7 @@ class DecoderStage(StageReplica):
         with self.meter.running():
             while active := self._slots.active:
                 began, before = time.monotonic(), self._slots.started
-                done.finished += self._slots.step()
+                done.finished += self._slots.step(coming=len(self._entering))
                 now = time.monotonic()
                 done.cost_s += active * (now - began)
                 done.busy_s += now - began

@@ -132,6 +132,22 @@ def test_a_window_that_changes_its_slot_keeps_its_prompt(tiny: Checkpoint, tiny_
     assert moved.avg_logprob == pytest.approx(expected.avg_logprob, abs=1e-4)
 
 
+@pytest.mark.parametrize("coming", [0, 1, 2])
+def test_free_rows_are_kept_for_windows_that_come(
+    coming: int, tiny: Checkpoint, tiny_states: torch.Tensor, tiny_expected: list[DecodingResult]
+) -> None:
+    tasks = [SlotTask(str(i), tiny_states[i], DecodeOptions(language="en")) for i in range(3)]
+    decoder = SlotDecoder(tiny, FLOAT32, 3)
+    decoder.admit(tasks)
+    decoder.cancel({"0"})
+    done = dict(decoder.step(coming))
+    kept, moved = [False, True, True], [True, True, False]
+    assert [slot is not None for slot in decoder._rows] == (kept if coming else moved)
+    decoder.admit(tasks[:1])
+    done |= drain(decoder)
+    assert [done[str(i)].tokens for i in range(3)] == [e.tokens for e in tiny_expected[:3]]
+
+
 def test_more_windows_than_slots_are_refused(tiny: Checkpoint, tiny_states: torch.Tensor) -> None:
     decoder = SlotDecoder(tiny, FLOAT32, 1)
     with pytest.raises(ValueError, match="2 windows for 1 free slots"):
