@@ -16,6 +16,7 @@ tests=${TESTS:-embedding encoder_attention gelu latent_attention layer_norm line
 # barriers of a block: the tools count the places in the code where one is made, and latent attention makes its own, one for
 # each warp and stage, in one place. Past their count they break the kernel that they look at.
 export BARRIERS=128
+export REPEATS=3  # of what is repeated to find races that depend on time
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}  # of PyTorch on the CPU, in each of the runs
 export FILTER=$(printf -- '--kernel-name kns=%s ' "${kernels[@]}") FOLDER=$folder SELECT=${SELECT:-} LIMIT=${LIMIT:-500}
 
@@ -25,7 +26,7 @@ one() {
   timeout "$LIMIT" compute-sanitizer --tool "$1" --report-api-errors no --num-cuda-barriers "$BARRIERS" --error-exitcode 9 $FILTER \
     python3 -m pytest -q --noconftest -p no:cacheprovider -W ignore -k "$SELECT" "$2" >"$FOLDER/$name.log" 2>&1
   status=$?
-  echo "$name: status $status; $(grep -o '[A-Z]* SUMMARY.*' "$FOLDER/$name.log"); $(grep -E ' (passed|failed|error)' "$FOLDER/$name.log" | tail -1)"
+  echo "$name: status $status; $(grep -o '[A-Z]* SUMMARY.*' "$FOLDER/$name.log"); $(grep -E '[0-9] (passed|failed)' "$FOLDER/$name.log" | tail -1)"
   [[ $status -eq 0 || $status -eq 5 ]]  # 5: SELECT leaves none of its tests; xargs must not end at a 255
 }
 export -f one
