@@ -66,7 +66,7 @@ def ray_cluster() -> Iterator[int]:
     os.environ["RAY_metrics_report_interval_ms"] = "1000"  # noqa: SIM112
     ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     port = free_port()
-    serve.start(http_options=HTTPOptions(port=port))
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
     yield port
     serve.shutdown()
     ray.shutdown()

@@ -5,11 +5,11 @@
 Starts the application with its defaults, but for a latency objective that so long a queue can meet: within two seconds
 slots would be given up for latency, and throughput is the question here. A replica of each stage is on the GPU, besides
 several API replicas. Windows are recordings of just 30 s, of speech, since voice activity lets nothing else pass; they
-come through the Ray handle as 16-bit samples, then over HTTP as WAV files. Each takes 128 tokens, of which one is the
-opening timestamp: ``decoder.max_tokens`` ends it there, and the weights never end it before. The engine by itself
-(``loadtest.gpu.engine``, log-mel input that lies on the GPU, no HTTP, no Ray) is measured before, in a process of its
-own. CPU time of the parts is read from /proc; that of voice activity, which runs in the API replicas, is measured
-alone.
+come through the Ray handle as 16-bit samples, then over HTTP as WAV files (with ``RAY_SERVE_ENABLE_HA_PROXY=1`` behind
+HAProxy). Each takes 128 tokens, of which one is the opening timestamp: ``decoder.max_tokens`` ends it there, and the
+weights never end it before. The engine by itself (``loadtest.gpu.engine``, log-mel input that lies on the GPU, no HTTP,
+no Ray) is measured before, in a process of its own. CPU time of the parts is read from /proc; that of voice activity,
+which runs in the API replicas, is measured alone.
 
 Ends with status 1 where the handle reaches less than 0.9 of the engine's throughput, or windows were other work.
 """
@@ -263,7 +263,8 @@ def measure(dims: Dims, options: argparse.Namespace, console: Console) -> tuple[
         np.save(folder / "recordings.npy", recordings)
         console.print("starting the application …")
         with application(dims, options, folder) as (settings, addresses):
-            keep(settings=settings.model_dump(mode="json", exclude={"http": {"api_keys"}}))
+            of_serve = {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
+            keep(settings=settings.model_dump(mode="json", exclude={"http": {"api_keys"}}), serve=of_serve)
             recorder = None if options.record is None else Recorder(targets())
             for way in options.ways:
                 console.print(f"{options.windows} windows, {way} …", highlight=False)
