@@ -63,7 +63,7 @@ class EngineMachine:
     @property
     def lag(self) -> int:
         """Steps for which a window that has ended holds its slot."""
-        return 2 if self._on_gpu else 0
+        return self.decoder.lag
 
     def begin(self) -> None:
         self.decoder.cancel(self.decoder.window_ids)

@@ -119,12 +119,13 @@ class Load:
             before = slots.started
             with self.meter.running():
                 finished = slots.step()
-            operations = (slots.started - before) * active * self._of_step
-            self.meter.batch(active, active / SLOTS, operations)
+            steps = slots.started - before
+            for _ in range(steps):
+                self.meter.batch(active, active / SLOTS, active * self._of_step)
             tokens = sum(len(window.tokens) for _, window in finished)
             self.meter.ended("done", audio_s=len(finished) * WINDOW_S, tokens=tokens)
             phase.tokens += tokens
-            self._count(phase, len(finished), operations)
+            self._count(phase, len(finished), steps * active * self._of_step)
 
     def _count(self, phase: Phase, windows: float, operations: float) -> None:
         phase.windows += windows

@@ -107,9 +107,10 @@ class SlotDecoder:
         self.advance = SizedGraphs(self._advance, self._sizes) if compute.has_kernels else self._advance
         few = [n for n in persistent_step.SLOTS if n <= self.decoder.few]
         self.advance_few = SizedGraphs(self._advance_few, few) if few else None
-        # on a GPU one step is running and the next is waiting while the one before them is read; or several are running
-        self._lag = 2 if self._on_gpu else 0
-        self._arrivals = deque(self._arrival() for _ in range(self._lag + 1)) if self._on_gpu else deque()
+        # launches that are not waited for: on a GPU one step runs and the next waits while the one before them is read;
+        # of several steps in a launch, one launch runs
+        self.lag = 2 if self._on_gpu else 0
+        self._arrivals = deque(self._arrival() for _ in range(self.lag + 1)) if self._on_gpu else deque()
 
     @property
     def active(self) -> int:
@@ -155,11 +156,11 @@ class SlotDecoder:
         """Advances every occupied slot by one token, or as many as steps are launched at once; returns what has
         ended. coming: windows that will be admitted next, for which free rows stay where they are."""
         if not self._slots:
-            return self._read_all_but(self._lag)
+            return self._read_all_but(self.lag)
         steps = self._start_steps(coming)
         self.started += steps
         self._reports.append(self._report(steps))
-        return self._read_all_but(self._lag if steps == 1 else min(self._lag, 1))
+        return self._read_all_but(self.lag if steps == 1 else min(self.lag, 1))
 
     def wait(self) -> None:
         """Waits until the device has done all that was started."""

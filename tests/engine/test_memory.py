@@ -17,6 +17,7 @@ from serve_app.engine.memory import (
     plan_windows,
     slot_bytes,
 )
+from serve_app.settings import EncoderSettings
 
 LARGE = Dims(128, 1500, 1280, 20, 32, 51866, 448, 1280, 20, 32)
 BASE = Dims(80, 1500, 512, 8, 6, 51865, 448, 512, 8, 6)
@@ -55,7 +56,9 @@ def test_wanted_slots_are_had_or_refused_with_what_they_need() -> None:
 
 
 def test_the_other_stages_fit_their_default_shares_of_an_80_gb_card() -> None:
-    assert encoder_bytes(LARGE, 2, MOST_WINDOWS, 64, 256) < 0.4 * 79 * GiB
+    encoder = EncoderSettings()
+    waiting = encoder.ring_windows, encoder.max_queued_windows
+    assert encoder_bytes(LARGE, 2, MOST_WINDOWS, *waiting) < 0.4 * 79 * GiB
     assert features_bytes(LARGE, 2, 16, 64) < 0.1 * 79 * GiB
     assert encoder_bytes(LARGE, 2, 32, 64, 256) > encoder_bytes(LARGE, 2, 16, 64, 256)
 

@@ -81,7 +81,7 @@ def test_windows_entering_and_leaving_in_flight_do_not_change_each_other(
     tiny_expected: list[DecodingResult],
 ) -> None:
     decoder = SlotDecoder(tiny, FLOAT32, 3, steps=steps)
-    decoder._sizes, decoder._lag = sizes, lag  # as on a GPU: a graph for several sizes, read some steps late
+    decoder._sizes, decoder.lag = sizes, lag  # as on a GPU: a graph for several sizes, read some steps late
     gaps = False
     waiting = list(enumerate(tiny_states))
     done: dict[str, DecodedWindow] = {}
